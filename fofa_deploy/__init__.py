@@ -1,0 +1,1 @@
+"""Tools that turn a large image classifier into the best small one for a given piece of hardware, and prove it."""

@@ -1,0 +1,158 @@
+"""What stages find out, and the report made of it. Accuracies are fractions; sizes are bytes; times are milliseconds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from fofa_deploy.types import Fraction, Frozen, Status
+
+
+class Comparison(Frozen):
+    """An artifact against PyTorch on the same images. ``None`` where there are no labels or nothing finite to compare."""
+
+    samples: PositiveInt
+    finite: bool
+    top1: Fraction | None = None
+    top5: Fraction | None = None
+    agreement: Fraction = Field(description="share of images with the same top-1 class as PyTorch")
+    cosine: float | None = Field(default=None, description="mean cosine similarity of the logits")
+    max_abs_error: float | None = Field(default=None, description="largest absolute difference of a logit")
+    relative_error: float | None = Field(default=None, description="L2 norm of the difference over that of PyTorch's logits")
+
+
+class Latency(Frozen):
+    """Milliseconds per run. A percentile that the sample cannot support is ``None``, not a guess."""
+
+    min: float
+    mean: float
+    p50: float
+    p90: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+class Environment(Frozen):
+    """Where and under what conditions a measurement was taken."""
+
+    machine: str
+    cpu: str
+    cores: int
+    features: tuple[str, ...] = Field(description="the CPU flags that decide a kernel")
+    governor: str | None
+    load_average: float | None
+    memory_bytes: int
+    os: str
+    python: str
+    versions: dict[str, str]
+    fingerprint: str = Field(description="digest of what makes two measurements comparable")
+
+
+class Measurement(Frozen):
+    """One artifact measured on one device at one time. Never cached."""
+
+    latency_ms: Latency
+    batch: PositiveInt
+    throughput_sps: PositiveFloat
+    variation: float = Field(description="coefficient of variation of the runs")
+    runs: PositiveInt
+    warmup_runs: NonNegativeInt
+    cold_start_ms: float = Field(description="load and first run, in a fresh process")
+    peak_rss_bytes: PositiveInt = Field(description="of the whole process that holds the session")
+    energy_mj: float | None = None
+    energy_reason: str = ""
+    threads: PositiveInt
+    device: str = Field(description="as the runtime itself reports it")
+    artifact_sha256: str
+    measured_at: str
+    warnings: tuple[str, ...] = ()
+
+
+class TargetRow(Frozen):
+    """One recipe tried on one target."""
+
+    target: str
+    runtime: str
+    profile: str
+    recipe: str
+    description: str = ""
+    status: Status
+    reason: str
+    chosen: bool = False
+    precision: dict[str, int] = Field(default={}, description="weighted layers per precision, as the runtime reports them")
+    layer_types: dict[str, int] = Field(default={}, description="'operator precision' -> count over the whole layer table")
+    validation: Comparison | None = Field(default=None, description="on the validation split: what the choice was made by")
+    golden: Comparison | None = Field(default=None, description="on the golden inputs captured with the graph")
+    top1: Fraction | None = Field(default=None, description="on the test split, read once, for the chosen recipe only")
+    top5: Fraction | None = None
+    agreement: Fraction | None = None
+    size_bytes: int | None = None
+    latency_ms: Latency | None = None
+    throughput_sps: float | None = None
+    peak_rss_bytes: int | None = None
+    cold_start_ms: float | None = None
+    measurement: Measurement | None = None
+    speedup: float | None = Field(default=None, description="p50 of the reference over this one's, interleaved in one run")
+    environment: Environment | None = None
+    artifact: str | None = Field(default=None, description="folder, relative to the run directory")
+    sha256: str | None = None
+
+
+class ModelSummary(Frozen):
+    """A model as the report names it. Accuracy is on the test split, from PyTorch."""
+
+    model: str
+    params: PositiveInt
+    top1: Fraction | None = None
+    top5: Fraction | None = None
+    top1_validation: Fraction | None = None
+    top1_alone: Fraction | None = Field(default=None, description="the same student trained without a teacher, where that was run")
+
+
+class Epoch(Frozen):
+    """One line of a training curve. ``losses`` holds each term before its weight."""
+
+    epoch: PositiveInt
+    step: PositiveInt
+    lr: float
+    loss: float
+    losses: dict[str, float] = Field(default={}, description="each term before its weight")
+    top1: Fraction | None = Field(default=None, description="on the validation split")
+    diagnostics: dict[str, float] = Field(default={}, description="such as the prompted teacher's own accuracy")
+    seconds: float
+
+
+class DataSummary(Frozen):
+    name: str
+    classes: PositiveInt
+    train: NonNegativeInt
+    validation: NonNegativeInt
+    test: NonNegativeInt
+    digest: str
+
+
+class StageTiming(Frozen):
+    stage: str
+    seconds: float
+    reused: bool
+    why: str
+
+
+class RunReport(Frozen):
+    """The whole record of a run; ``report.json`` is this, and every other report is rendered from it."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    created_at: str
+    tool_version: str
+    method: str = Field(description="distillation method, 'none' when the student was not distilled here")
+    data: DataSummary
+    teacher: ModelSummary | None
+    student: ModelSummary
+    targets: tuple[TargetRow, ...]
+    reference: TargetRow | None = Field(default=None, description="the model to beat: fp32 on ONNX Runtime")
+    curves: dict[str, tuple[Epoch, ...]] = Field(default={}, description="training curves by stage")
+    environment: Environment
+    stages: tuple[StageTiming, ...] = ()
+    notices: tuple[str, ...] = ()

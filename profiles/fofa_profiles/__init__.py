@@ -1,0 +1,1 @@
+"""The hardware profiles that ship with fofa-deploy, one TOML file each."""
