@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from fofa_deploy.types import Fraction, Frozen, Status
+from fofa_deploy.types import Fraction, Frozen, Sidecar, Status
 
 
 class Comparison(Frozen):
@@ -93,6 +93,7 @@ class TargetRow(Frozen):
     peak_rss_bytes: int | None = None
     cold_start_ms: float | None = None
     measurement: Measurement | None = None
+    other_batches: tuple[Measurement, ...] = Field(default=(), description="the chosen artifact at the profile's other batch sizes")
     speedup: float | None = Field(default=None, description="p50 of the reference over this one's, interleaved in one run")
     environment: Environment | None = None
     artifact: str | None = Field(default=None, description="folder, relative to the run directory")
@@ -154,5 +155,7 @@ class RunReport(Frozen):
     reference: TargetRow | None = Field(default=None, description="the model to beat: fp32 on ONNX Runtime")
     curves: dict[str, tuple[Epoch, ...]] = Field(default={}, description="training curves by stage")
     environment: Environment
+    sidecar: Sidecar | None = Field(default=None, description="input, preprocessing and classes of the deployed model")
+    command: str = Field(default="", description="the command line that makes this run again")
     stages: tuple[StageTiming, ...] = ()
     notices: tuple[str, ...] = ()

@@ -1,0 +1,6 @@
+"""``python -m fofa_deploy`` is ``fofa-deploy``."""
+
+from fofa_deploy.cli import main
+
+if __name__ == "__main__":
+    main()

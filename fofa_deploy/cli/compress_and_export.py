@@ -1,0 +1,38 @@
+"""``fofa-deploy compress-and-export``"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from fofa_deploy.cli import options
+
+
+@click.command(name="compress-and-export")
+@click.argument("plan")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Run directory; run again to resume.")
+@options.overrides
+@click.option("--dry-run", is_flag=True, help="Print the resolved plan and stop.")
+@options.force
+@options.quiet
+def command(plan: str, out: Path | None, overrides: tuple[str, ...], dry_run: bool, force: bool, quiet: bool) -> None:
+    """Distill, export, quantize, verify, profile and report PLAN (a TOML file, or the name of an embedded plan: demo)."""
+    from fofa_deploy.config import load_plan
+
+    resolved = load_plan(plan, overrides)
+    if dry_run:
+        click.echo(resolved.model_dump_json(indent=2))
+        return
+    if out is None:
+        raise click.UsageError("name the run directory with --out")
+    from fofa_deploy.cli.show import outcome, progress
+    from fofa_deploy.pipeline import compress_and_export, failures
+
+    report = compress_and_export(resolved, out, progress(quiet), force)
+    outcome(report, out)
+    problems = failures(resolved, report)
+    for problem in problems:
+        click.secho(f"error: {problem}", fg="red", err=True)
+    sys.exit(3 if problems else 0)

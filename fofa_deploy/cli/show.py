@@ -1,0 +1,78 @@
+"""How results look on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fofa_deploy.progress import Progress, Quiet, Terminal
+
+if TYPE_CHECKING:
+    from fofa_deploy.results import Measurement, RunReport, TargetRow
+
+_COLOURS = {"verified": "green", "built-not-run": "cyan", "rejected": "yellow", "failed": "red", "skipped": "dim"}
+
+
+def progress(quiet: bool) -> Progress:
+    return Quiet() if quiet else Terminal()
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; cells may hold rich markup, so what comes from outside has been escaped."""
+    view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        view.add_column(column, overflow="fold", ratio=2 if number == len(columns) - 1 else None)
+    for row in rows:
+        view.add_row(*row)
+    Console(highlight=False).print(view)
+
+
+def target_rows(rows: Sequence[TargetRow]) -> None:
+    """One line per recipe: status, accuracy, latency, size, why."""
+    columns = ("target", "recipe", "status", "top-1", "p50 ms", "speed-up", "KiB", "why")
+    table("", columns, [_target_cells(row) for row in rows])
+
+
+def _target_cells(row: TargetRow) -> list[str]:
+    colour = _COLOURS[row.status]
+    accuracy = row.top1 if row.chosen else (row.validation.top1 if row.validation else None)
+    return [
+        escape(row.target),
+        f"[bold]{escape(row.recipe)}[/]" if row.chosen else escape(row.recipe),
+        f"[{colour}]{row.status}[/]",
+        "" if accuracy is None else f"{accuracy:.2%}{'' if row.chosen else ' val'}",
+        "" if row.latency_ms is None else f"{row.latency_ms.p50:.3f}",
+        "" if row.speedup is None else f"{row.speedup:.2f}x",
+        "" if row.size_bytes is None else f"{row.size_bytes / 1024:.0f}",
+        escape(row.reason),
+    ]
+
+
+def measurements(named: Sequence[tuple[str, Measurement]]) -> None:
+    """One line per measurement; a percentile without enough runs says so."""
+    columns = ("artifact", "batch", "p50 ms", "p90", "p99", "images/s", "cold ms", "peak MiB", "runs", "note")
+    table("", columns, [_measurement_cells(name, found) for name, found in named])
+
+
+def _measurement_cells(name: str, found: Measurement) -> list[str]:
+    latency = found.latency_ms
+    tails = ["not enough runs" if value is None else f"{value:.3f}" for value in (latency.p90, latency.p99)]
+    figures = [f"{found.throughput_sps:.0f}", f"{found.cold_start_ms:.0f}", f"{found.peak_rss_bytes / 2**20:.0f}", str(found.runs)]
+    return [escape(name), str(found.batch), f"{latency.p50:.3f}", *tails, *figures, escape("; ".join(found.warnings))]
+
+
+def outcome(report: RunReport, out: Path) -> None:
+    """The end of a run: what became of every target, and where to read on."""
+    target_rows(report.targets)
+    console = Console(highlight=False)
+    if report.reference and report.reference.latency_ms:
+        name = report.teacher.model if report.teacher else report.student.model
+        console.print(f"reference: {name}, fp32 on ONNX Runtime, p50 {report.reference.latency_ms.p50:.3f} ms", markup=False)
+    for notice in report.notices:
+        console.print(f"notice: {notice}", markup=False)
+    console.print(f"report: {(out / 'report.html').absolute()}", markup=False, soft_wrap=True)

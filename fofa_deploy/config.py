@@ -1,0 +1,282 @@
+"""The plan: what is asked for, typed. A TOML file, or the name of an embedded plan, plus dotted overrides."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from fofa_deploy.errors import PlanError
+from fofa_deploy.schema import read_tables, validate
+from fofa_deploy.types import Budget, Fraction, Frozen, Scalar
+
+Side = Annotated[int, Field(ge=4, le=4096)]
+
+
+class DataPlan(Frozen):
+    """Where the images are and what the network sees of them."""
+
+    name: str = Field(
+        description="'digits', 'idx', 'images' (no labels), or any timm data set: 'folder', 'torch/cifar10', 'hfds/...', 'wds/...'"
+    )
+    root: Path | None = None
+    train_split: str = "train"
+    test_split: str = "validation"
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=0.9)] = Field(default=0.1, description="held out of the training split")
+    limit: PositiveInt | None = Field(default=None, description="use only this many training images, class-balanced")
+    image_size: tuple[Side, Side] = Field(default=(224, 224), description="height, width; one number means a square")
+    channels: Literal[1, 3] = 3
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[PositiveFloat, ...] = (0.5,)
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    crop_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    flip: bool = Field(default=False, description="horizontal flips while training")
+    shift: NonNegativeInt = Field(default=0, description="random shifts by at most this many pixels while training")
+    scale: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=1.0, description="smallest area of a random resized crop")
+    class_names: tuple[str, ...] = Field(default=(), description="where the data set does not tell them")
+    classes: PositiveInt | None = Field(default=None, description="of the model, where images come without labels")
+
+    @property
+    def labelled(self) -> bool:
+        """Without labels nothing is trained, and artifacts are held to PyTorch alone."""
+        return self.name != "images"
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: object) -> object:
+        return (value, value) if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _one_per_channel(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(f"{name} takes 1 or {self.channels} numbers, one per channel, not {len(values)}")
+        return self
+
+
+class ModelPlan(Frozen):
+    """One network."""
+
+    model: str = Field(description="'timm:NAME' or 'package.module:function'")
+    arguments: dict[str, Scalar | list[Scalar]] = Field(default={}, description="passed on to the constructor")
+    checkpoint: Path | None = Field(default=None, description="safetensors, or a .pt of plain tensors; loaded strictly")
+    pretrained: bool = Field(default=False, description="timm's own weights, from its hub")
+    taps: tuple[str, ...] = Field(default=(), description="module names to take features from; timm models declare their own")
+
+    @property
+    def has_weights(self) -> bool:
+        return self.pretrained or self.checkpoint is not None
+
+
+class TrainPlan(Frozen):
+    """One training: AdamW, linear warm-up, cosine decay."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = 128
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.05
+    warmup_epochs: NonNegativeFloat = 1.0
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    clip_norm: PositiveFloat = 5.0
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.0, description="decay of the averaged weights; 0 = off")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of autocast while training")
+    channels_last: bool = False
+    workers: NonNegativeInt = Field(default=0, description="data loader processes")
+    checkpoint_seconds: PositiveFloat = Field(default=60.0, description="longest time that a kill can cost")
+
+
+class TeacherPlan(ModelPlan):
+    floor_top1: Fraction | None = Field(default=None, description="least validation accuracy; default: 3x chance, at most 0.9")
+    fit: TrainPlan | None = Field(default=None, description="train it first, when it comes without weights")
+
+
+class FofaPlan(Frozen):
+    """Feature-based one-for-all distillation (arXiv 2501.08885); the symbols are the paper's."""
+
+    stages: PositiveInt = Field(default=4, description="depths at which features are compared")
+    regions: PositiveInt = Field(default=16, description="n, regions per stage; a square number")
+    width: PositiveInt = Field(default=512, description="d, width of region-aware attention")
+    heads: PositiveInt = 8
+    prompted_stages: tuple[PositiveInt, ...] = Field(default=(1, 2, 3, 4), description="teacher stages with a prompt before them")
+    feedback: bool = Field(default=True, description="prompts see the gap between student and plain teacher")
+    standardize: bool = Field(default=True, description="teacher features scaled per stage and channel by plain-teacher statistics")
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Self:
+        if round(self.regions**0.5) ** 2 != self.regions:
+            raise ValueError(f"regions must be a square number such as 4, 9 or 16, not {self.regions}")
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        if any(stage > self.stages for stage in self.prompted_stages):
+            raise ValueError(f"prompted_stages must lie between 1 and stages ({self.stages})")
+        return self
+
+
+class WeightsPlan(Frozen):
+    """Factors of the loss terms; the paper's are all 1."""
+
+    ce: NonNegativeFloat = 1.0
+    kd: NonNegativeFloat = Field(default=1.0, description="alpha")
+    fofa: NonNegativeFloat = Field(default=1.0, description="beta")
+    regularizer: NonNegativeFloat = Field(default=1.0, description="gamma: keeps the prompted teacher close to the plain one")
+    rsd: NonNegativeFloat = 1.0
+
+
+class DistillPlan(TrainPlan):
+    method: str = Field(default="fofa", description="'none', or terms joined by '+': kd, fofa (with kd), rsd (with kd)")
+    temperature: PositiveFloat = 1.0
+    rsd_lambda: NonNegativeFloat = 0.05
+    weights: WeightsPlan = WeightsPlan()
+    fofa: FofaPlan = FofaPlan()
+
+    @property
+    def terms(self) -> frozenset[str]:
+        """Loss terms of the method; cross-entropy is always one, and everything that has a teacher has kd."""
+        if self.method == "none":
+            return frozenset({"ce"})
+        return frozenset({"ce", "kd"}) | {part.strip() for part in self.method.split("+")}
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        parts = [part.strip() for part in value.split("+")]
+        unknown = [part for part in parts if part not in ("kd", "fofa", "rsd")]
+        if value != "none" and unknown:
+            raise ValueError(
+                f"unknown method {', '.join(map(repr, unknown))}; known: none, kd, fofa, rsd, and sums such as fofa+rsd"
+            )
+        return value
+
+
+class AccuracyPlan(Frozen):
+    """What an artifact must keep of the captured model, on the validation split."""
+
+    max_top1_drop: Fraction = 0.01
+    min_top1: Fraction = 0.0
+    min_agreement: Fraction = Field(default=0.97, description="with PyTorch's top-1 class; judged where there are no labels")
+
+
+class VerifyPlan(Frozen):
+    samples: PositiveInt = Field(default=10_000, description="largest number of images per split that artifacts are run on")
+    calibration: PositiveInt = Field(default=256, description="training images for post-training quantization")
+
+
+class MeasurePlan(Frozen):
+    seconds: PositiveFloat = Field(default=3.0, description="least time measured per artifact")
+    max_seconds: PositiveFloat = Field(default=30.0, description="a percentile that needs longer is left out")
+    warmup_seconds: PositiveFloat = 0.2
+    warmup_runs: PositiveInt = 30
+
+
+class LimitsPlan(Frozen):
+    """Of every child process."""
+
+    build_seconds: PositiveFloat = 1800.0
+    run_seconds: PositiveFloat = 1800.0
+    memory_bytes: PositiveInt | None = None
+
+
+class RunPlan(Frozen):
+    """Everything that decides a run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: NonNegativeInt = 0
+    threads: NonNegativeInt = Field(default=0, description="of training; 0 = every core this process may use")
+    targets: tuple[str, ...] = Field(min_length=1, description="hardware profiles, by name or path")
+    required: tuple[str, ...] = Field(default=(), description="targets without which the run is not a success")
+    data: DataPlan
+    teacher: TeacherPlan | None = None
+    student: ModelPlan
+    distill: DistillPlan | None = None
+    accuracy: AccuracyPlan = AccuracyPlan()
+    budget: Budget = Budget()
+    verify: VerifyPlan = VerifyPlan()
+    measure: MeasurePlan = MeasurePlan()
+    limits: LimitsPlan = LimitsPlan()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        for problem in self._problems():
+            raise ValueError(problem)
+        return self
+
+    def _problems(self) -> Iterable[str]:
+        if self.distill is None and not self.student.has_weights:
+            yield "the student has neither weights nor a [distill] table to train it by"
+        if self.distill is not None and self.distill.method != "none" and self.teacher is None:
+            yield f"method {self.distill.method!r} needs a [teacher]"
+        if self.teacher is not None and not self.teacher.has_weights and self.teacher.fit is None:
+            yield "the teacher has neither weights nor a [teacher.fit] table to train it by"
+        if not self.data.labelled and not (self.data.classes or self.data.class_names):
+            yield "images without labels do not tell the number of classes: set data.classes"
+        if not self.data.labelled and (self.distill is not None or self.teacher is not None):
+            yield "images without labels can verify a ready student, not train one: remove [teacher] and [distill]"
+        if missing := [name for name in self.required if name not in self.targets]:
+            yield f"required names targets that are not in targets: {', '.join(missing)}"
+
+
+def embedded_plans() -> list[str]:
+    """Names of the plans that ship with the package."""
+    folder = resources.files("fofa_deploy") / "plans"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def _read_plan(source: str) -> tuple[dict[str, Any], Path]:
+    if source in embedded_plans():
+        with resources.as_file(resources.files("fofa_deploy") / "plans" / f"{source}.toml") as path:
+            return read_tables(path), Path.cwd()
+    path = Path(source)
+    if not path.is_file():
+        raise PlanError(f"there is no plan {source!r}", f"give a TOML file, or one of: {', '.join(embedded_plans())}")
+    return read_tables(path), path.parent.absolute()
+
+
+def _parse_value(text: str) -> Any:  # noqa: ANN401 - a TOML value is any scalar, list or table
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def override(data: dict[str, Any], assignment: str) -> None:
+    """Apply ``a.b=c`` to nested tables in place; ``c`` is a TOML value, or else a string.
+
+    Raises:
+        PlanError: no ``=``, or the path runs through something that is not a table.
+    """
+    dotted, sign, value = assignment.partition("=")
+    *parents, leaf = dotted.strip().split(".")
+    if not sign or not leaf:
+        raise PlanError(f"cannot read the override {assignment!r}", "write it as --set distill.epochs=20")
+    table: Any = data
+    for part in parents:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise PlanError(f"--set {assignment}: {part!r} is not a table", "name a table's key, such as distill.epochs")
+    table[leaf] = _parse_value(value.strip())
+
+
+def _anchor(data: dict[str, Any], folder: Path) -> None:
+    """Make the plan's relative paths absolute: a plan means the same wherever it is run from."""
+    for table, key in (("data", "root"), ("teacher", "checkpoint"), ("student", "checkpoint")):
+        section = data.get(table)
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = str(folder / Path(section[key]).expanduser())
+
+
+def load_plan(source: str, overrides: Iterable[str] = ()) -> RunPlan:
+    """Read a plan by embedded name or path and apply overrides (whose paths are relative to the working directory).
+
+    Raises:
+        PlanError: every mistake at once, each with the nearest valid name.
+    """
+    data, folder = _read_plan(source)
+    _anchor(data, folder)
+    for assignment in overrides:
+        override(data, assignment)
+    _anchor(data, Path.cwd())
+    return validate(data, RunPlan, source)

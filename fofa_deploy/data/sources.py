@@ -1,0 +1,275 @@
+"""Where images and labels come from, decoded, checked and brought to one size.
+
+Every source yields uint8 (B,C,H,W). Normalization is the sidecar's (`Preprocessing.apply`), so that training, calibration,
+verification and the deployed model see the same numbers.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fofa_deploy.config import DataPlan
+from fofa_deploy.errors import DataError
+from fofa_deploy.store import digest
+from fofa_deploy.types import Preprocessing
+
+LEAST_IMAGES = 16
+"""Fewer cannot be split into calibration, validation and test images."""
+
+Pixels = NDArray[np.uint8]
+Indices = NDArray[np.int64]
+Boxes = NDArray[np.float64]
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
+_WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+class Source(Protocol):
+    """A labelled set of images. ``labels`` is int64 (N,); unlabelled sets carry zeros."""
+
+    labels: Indices
+    class_names: tuple[str, ...]
+    digest: str
+
+    def images(self, indices: Indices, boxes: Boxes | None = None) -> Pixels:
+        """uint8 (B,C,H,W); ``boxes`` (B,4) cuts left, top, right, bottom fractions out of each image first."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call an image in an error message."""
+        ...
+
+
+def preprocessing(plan: DataPlan) -> Preprocessing:
+    """The plan's data section as the sidecar tells it; one mean stands for all channels."""
+    return Preprocessing(
+        image_size=plan.image_size,
+        channels=plan.channels,
+        mean=plan.mean * (plan.channels if len(plan.mean) == 1 else 1),
+        std=plan.std * (plan.channels if len(plan.std) == 1 else 1),
+        interpolation=plan.interpolation,
+        crop_fraction=plan.crop_fraction,
+    )
+
+
+def to_pixels(image: Image.Image, plan: DataPlan, box: Sequence[float] = _WHOLE) -> Pixels:
+    """Crop, resize to the plan's size keeping the aspect ratio, centre-crop: uint8 (C,H,W)."""
+    height, width = plan.image_size
+    image = _eight_bits(image).convert("L" if plan.channels == 1 else "RGB")
+    if tuple(box) != _WHOLE:
+        image = image.crop(tuple(round(f * side) for f, side in zip(box, (*image.size, *image.size), strict=True)))  # type: ignore[arg-type]
+        image = image.resize((width, height), _RESAMPLING[plan.interpolation])
+    else:
+        bleed = (1.0 - plan.crop_fraction) / 2
+        image = ImageOps.fit(image, (width, height), _RESAMPLING[plan.interpolation], bleed=bleed)
+    pixels = np.asarray(image, np.uint8)
+    return pixels[None] if plan.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grayscale down: Pillow's own conversion clips it to white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image
+
+
+class ArraySource:
+    """Images that fit in memory, resized once."""
+
+    def __init__(self, raw: Pixels, labels: Indices, names: tuple[str, ...], plan: DataPlan, where: str) -> None:
+        self._plan, self._where = plan, where
+        self._pixels = np.stack([to_pixels(Image.fromarray(image), plan) for image in raw])
+        self.labels, self.class_names = labels, names
+        self.digest = digest([raw.tobytes().hex() if raw.size < 1 << 16 else array_digest(raw), array_digest(labels)])
+
+    def images(self, indices: Indices, boxes: Boxes | None = None) -> Pixels:
+        if boxes is None:
+            return self._pixels[indices]
+        squeezed = [self._pixels[i].transpose(1, 2, 0).squeeze() for i in indices]
+        return np.stack([to_pixels(Image.fromarray(p), self._plan, b) for p, b in zip(squeezed, boxes, strict=True)])
+
+    def name(self, index: int) -> str:
+        return f"{self._where}, image {index}"
+
+
+def array_digest(array: NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+class FileSource:
+    """A timm data set, decoded on access; every decoder warning, such as a decompression bomb's, is an error."""
+
+    def __init__(self, dataset: Any, plan: DataPlan, where: str) -> None:  # noqa: ANN401 - timm's data sets share no class
+        self._dataset, self._plan, self._where = dataset, plan, where
+        samples = getattr(dataset.reader, "samples", None) if hasattr(dataset, "reader") else None
+        self._samples = samples
+        labels = [label for _, label in samples] if samples else [int(dataset[i][1]) for i in range(len(dataset))]
+        self.labels = np.asarray(labels, np.int64)
+        self.class_names = plan.class_names or _class_names(dataset, self.labels)
+        self.digest = digest([[str(self.name(i)), int(label)] for i, label in enumerate(self.labels)])
+
+    def images(self, indices: Indices, boxes: Boxes | None = None) -> Pixels:
+        chosen = [_WHOLE] * len(indices) if boxes is None else [tuple(box) for box in boxes]
+        return np.stack([self._decode(int(i), box) for i, box in zip(indices, chosen, strict=True)])
+
+    def _decode(self, index: int, box: Sequence[float]) -> Pixels:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                return to_pixels(self._dataset[index][0], self._plan, box)
+        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombWarning) as error:
+            raise DataError(f"{self.name(index)} cannot be decoded: {error}", "replace or remove the file") from error
+        except Image.DecompressionBombError as error:
+            raise DataError(f"{self.name(index)} is too large: {error}", "replace or remove the file") from error
+
+    def name(self, index: int) -> str:
+        if self._samples is None:
+            return f"{self._where}, image {index}"
+        first = self._samples[index][0]
+        path = Path(str(getattr(first, "name", first)))
+        size = path.stat().st_size if path.is_file() else 0
+        return f"{path} ({size} bytes)" if size else str(path)
+
+
+def _class_names(dataset: Any, labels: Indices) -> tuple[str, ...]:  # noqa: ANN401
+    mapping = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+    if mapping:
+        return tuple(sorted(mapping, key=mapping.__getitem__))
+    return tuple(str(i) for i in range(int(labels.max()) + 1 if len(labels) else 0))
+
+
+# --- where images come from -----------------------------------------------------------------------------------
+
+
+def _digits(plan: DataPlan) -> tuple[Source, Source]:
+    """scikit-learn's 1,797 scans of handwritten digits (UCI, 8x8, 17 gray levels); every fifth one is the test split."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    raw = (np.asarray(bunch.images) * (255.0 / 16.0)).round().astype(np.uint8)
+    labels = np.asarray(bunch.target, np.int64)
+    test = np.arange(len(labels)) % 5 == 4
+    names = tuple(str(i) for i in range(10))
+    train = ArraySource(raw[~test], labels[~test], names, plan, "digits")
+    return train, ArraySource(raw[test], labels[test], names, plan, "digits (test)")
+
+
+def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
+    """One IDX file of unsigned bytes, plain or gzipped; its header must agree with its length."""
+    path = next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
+    if path is None:
+        raise DataError(f"{folder / stem}[.gz] does not exist", "point data.root at a folder of IDX files, as MNIST's")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} cannot be read: {error}", "download it again") from error
+    header = 4 + 4 * dimensions
+    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + int(np.prod(shape)):
+        raise DataError(f"{path} is not a whole IDX file of {dimensions}-dimensional bytes", "download it again")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def _idx(plan: DataPlan) -> tuple[Source, Source]:
+    folder = _root(plan)
+    parts = []
+    for prefix in ("train", "t10k"):
+        raw = _read_idx(folder, f"{prefix}-images-idx3-ubyte", 3)
+        labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1).astype(np.int64)
+        if len(raw) != len(labels):
+            raise DataError(f"{folder}: {len(raw)} images but {len(labels)} labels in {prefix}", "download the set again")
+        names = plan.class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
+        parts.append(ArraySource(raw, labels, names, plan, f"{folder}/{prefix}"))
+    return parts[0], parts[1]
+
+
+_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+
+
+class _ImageFiles:
+    """Files without labels, in the shape of a timm data set."""
+
+    class_to_idx: Mapping[str, int]
+
+    def __init__(self, files: Sequence[Path], names: Sequence[str]) -> None:
+        self.reader = self
+        self.samples = [(path, 0) for path in files]
+        self.class_to_idx = {name: number for number, name in enumerate(names)}
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        image = Image.open(self.samples[index][0])
+        image.load()
+        return image, 0
+
+
+def _images(plan: DataPlan) -> tuple[Source, Source]:
+    """Every image file below the root; every fifth one is the test split."""
+    root = _root(plan)
+    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if len(files) < LEAST_IMAGES:
+        raise DataError(f"{root} holds {len(files)} images", f"give at least {LEAST_IMAGES}")
+    names = plan.class_names or tuple(str(number) for number in range(plan.classes or 1))
+    parts = ([f for i, f in enumerate(files) if i % 5 != 4], files[4::5])
+    train, test = (FileSource(_ImageFiles(part, names), plan, str(root)) for part in parts)
+    return train, test
+
+
+def _timm(plan: DataPlan) -> tuple[Source, Source]:
+    from timm.data.dataset_factory import create_dataset
+
+    name = "" if plan.name == "folder" else plan.name
+    sources = []
+    for split in (plan.train_split, plan.test_split):
+        try:
+            dataset = create_dataset(name, root=str(_root(plan)) if plan.root else None, split=split)
+        except (RuntimeError, ValueError, AssertionError, OSError, ImportError) as error:
+            raise DataError(
+                f"timm cannot open data set {plan.name!r}, split {split!r}: {error}", "check data.name, data.root"
+            ) from error
+        if not hasattr(dataset, "__len__"):
+            raise DataError(f"data set {plan.name!r} is a stream", "download it first: splits and resuming need random access")
+        sources.append(FileSource(dataset, plan, f"{plan.name} {split}"))
+    return sources[0], sources[1]
+
+
+def _root(plan: DataPlan) -> Path:
+    if plan.root is None or not plan.root.is_dir():
+        raise DataError(f"data.root {str(plan.root or '')!r} is not a folder", f"point it at the images of {plan.name!r}")
+    return plan.root
+
+
+def open_sources(plan: DataPlan) -> tuple[Source, Source]:
+    """The plan's training source and test source, labels checked.
+
+    Raises:
+        DataError: nothing there, a file is broken, or a label is out of range.
+    """
+    train, test = {"digits": _digits, "idx": _idx, "images": _images}.get(plan.name, _timm)(plan)
+    for source in (train, test):
+        check_labels(source)
+    if train.class_names != test.class_names:
+        raise DataError("training and test splits have different classes", "give both splits the same class folders")
+    return train, test
+
+
+def check_labels(source: Source) -> None:
+    """Refuse labels outside 0..classes-1, -100 too, which cross-entropy would silently ignore."""
+    if not len(source.labels):
+        raise DataError("a split has no images", "check data.root, data.train_split and data.test_split")
+    bad = np.flatnonzero((source.labels < 0) | (source.labels >= len(source.class_names)))
+    if len(bad):
+        first = int(bad[0])
+        raise DataError(
+            f"{source.name(first)} has label {source.labels[first]}, but there are {len(source.class_names)} classes"
+            f" ({len(bad)} such labels)",
+            "mend the labels; they count from 0",
+        )

@@ -1,0 +1,131 @@
+"""Train, validation and test images kept apart, and the files that children read them from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fofa_deploy.config import DataPlan
+from fofa_deploy.data.sources import Indices, Pixels, Source, array_digest, open_sources
+from fofa_deploy.errors import DataError
+from fofa_deploy.progress import Progress
+from fofa_deploy.store import digest
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some images of a source."""
+
+    source: Source
+    indices: Indices
+
+    @property
+    def labels(self) -> Indices:
+        return self.source.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def head(self, count: int) -> Split:
+        return Split(self.source, self.indices[:count])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Train, validation and test images. Choices are made on validation; test is read once, at the end."""
+
+    plan: DataPlan
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.train.source.class_names
+
+    @property
+    def digest(self) -> str:
+        parts = (self.train, self.validation, self.test)
+        return digest([self.plan, *([p.source.digest, array_digest(p.indices)] for p in parts)])
+
+
+def stratified(labels: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
+    """Seeded (rest, held-out) indices, both shuffled and class-balanced; at least one image on either side."""
+    rng = np.random.default_rng((seed, 0x5EED))
+    order = rng.permutation(len(labels))
+    rank = np.empty(len(labels), np.float64)
+    for label in np.unique(labels):
+        members = order[labels[order] == label]
+        rank[members] = (np.arange(len(members)) + 0.5) / len(members)
+    spread = order[np.argsort(rank[order], kind="stable")]
+    count = min(max(1, round(fraction * len(labels))), max(1, len(labels) - 1))
+    return spread[count:], spread[:count]
+
+
+def load_data(plan: DataPlan, seed: int) -> Data:
+    """Open the sources and split them; every prefix of every split is class-balanced.
+
+    Raises:
+        DataError: as `open_sources`.
+    """
+    train, test = open_sources(plan)
+    rest, held_out = stratified(train.labels, plan.validation_fraction, seed)
+    if plan.limit:
+        rest = rest[: plan.limit]
+    shuffled, first = stratified(test.labels, 0.0, seed)
+    return Data(plan, Split(train, rest), Split(train, held_out), Split(test, np.concatenate([first, shuffled])))
+
+
+def write_split(split: Split, folder: Path, progress: Progress, name: str) -> None:
+    """``images.npy`` uint8 (N,C,H,W) and ``labels.npy`` int64 (N,), in bounded memory; names every broken file at once."""
+    folder.mkdir(parents=True)
+    np.save(folder / "labels.npy", split.labels)
+    broken: list[str] = []
+    writer: NDArray[np.uint8] | None = None
+    with progress.task(f"read {name}", len(split)) as task:
+        for start in range(0, len(split), 64):
+            chunk = split.indices[start : start + 64]
+            pixels, bad = _decode_all(split.source, chunk)
+            broken += bad
+            if writer is None and len(pixels):
+                shape = (len(split), *pixels.shape[1:])
+                writer = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+            if writer is not None and not broken:
+                writer[start : start + len(pixels)] = pixels
+            task.advance(len(chunk))
+    _refuse(broken)
+
+
+def _decode_all(source: Source, indices: Indices) -> tuple[Pixels, list[str]]:
+    """Decode a chunk at once; only when that fails, one by one, to name every culprit."""
+    try:
+        return source.images(indices), []
+    except DataError:
+        bad = []
+        for i in indices:
+            try:
+                source.images(np.asarray([i]))
+            except DataError as error:
+                bad.append(error.message)
+        return np.empty((0,), np.uint8), bad
+
+
+def scan(split: Split, progress: Progress) -> None:
+    """Decode every image once before training on it; names every broken file at once."""
+    broken: list[str] = []
+    with progress.task("check images", len(split)) as task:
+        for start in range(0, len(split), 64):
+            chunk = split.indices[start : start + 64]
+            broken += _decode_all(split.source, chunk)[1]
+            task.advance(len(chunk))
+    _refuse(broken)
+
+
+def _refuse(broken: Sequence[str]) -> None:
+    if broken:
+        more = f"\n  and {len(broken) - 20} more" if len(broken) > 20 else ""
+        raise DataError(f"{len(broken)} broken images:\n  " + "\n  ".join(broken[:20]) + more, "replace or remove them")

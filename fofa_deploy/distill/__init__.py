@@ -1,0 +1,1 @@
+"""Distillation: feature taps, the FOFA and baseline objectives, and one resumable loop."""

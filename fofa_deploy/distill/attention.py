@@ -1,0 +1,81 @@
+"""Region-aware attention (RAA) and the aligners. arXiv 2501.08885, equations 3 and 4.
+
+The student blends its own features over all stages and regions before it is compared with the teacher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fofa_deploy.distill.prompts import resize
+
+
+class RegionEmbedding(nn.Module):
+    """One stage cut into g x g regions: (B, c, h, w) -> (B, n, d), n = g * g, row-major."""
+
+    def __init__(self, channels: int, size: tuple[int, int], side: int, width: int) -> None:
+        super().__init__()
+        kernel = (math.ceil(size[0] / side), math.ceil(size[1] / side))
+        self.size = (kernel[0] * side, kernel[1] * side)  # rounded up: nothing is thrown away
+        self.embed = nn.Conv2d(channels, width, kernel, stride=kernel)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        regions: Tensor = self.embed(resize(grid, self.size))
+        return regions.flatten(2).transpose(1, 2)
+
+
+class RegionAwareAttention(nn.Module):
+    """softmax(Q K^T / sqrt(d / heads)) V over the regions of all stages (equation 3); Q, K and V are all the student's.
+
+    Args:
+        shapes: (c, h, w) of each student stage.
+        regions: n per stage, a square number.
+        width: d.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], regions: int, width: int, heads: int) -> None:
+        super().__init__()
+        side = math.isqrt(regions)
+        self.regions, self.heads = side * side, heads
+        self.embeddings = nn.ModuleList(RegionEmbedding(c, (h, w), side, width) for c, h, w in shapes)
+        self.norm = nn.LayerNorm(width)
+        self.positions = nn.Parameter(torch.empty(1, len(shapes) * self.regions, width))
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        nn.init.trunc_normal_(self.positions, std=0.02)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Maps (B, c_i, h_i, w_i) -> one (B, n, d) per stage."""
+        embedded = [embed(grid) for embed, grid in zip(self.embeddings, maps, strict=True)]
+        tokens = self.norm(torch.cat(embedded, dim=1))
+        placed = tokens + self.positions  # (1, N_q, d): by place in the sequence, never by place in the batch
+        query, key, value = (self._split(part) for part in (self.query(placed), self.key(placed), self.value(tokens)))
+        blended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return torch.split(blended, self.regions, dim=1)
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        """(B, N, d) -> (B, heads, N, d / heads)."""
+        return torch.unflatten(tokens, 2, (self.heads, -1)).transpose(1, 2)
+
+
+class Aligner(nn.Module):
+    """(B, n, d) -> (B, d, g, g) -> (B, C, H, W): student regions in the shape of a teacher stage (equation 4).
+
+    Resizing and a 1x1 convolution commute (the weights of both sum over different axes, and those of resizing sum
+    to 1), so the convolution runs at whichever of the two sizes is smaller.
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(width, channels, 1)
+
+    def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        side = math.isqrt(tokens.shape[1])
+        grid = torch.unflatten(tokens.transpose(1, 2), 2, (side, side))
+        if size[0] * size[1] < side * side:
+            return self.project(resize(grid, size))  # type: ignore[no-any-return]
+        return resize(self.project(grid), size)

@@ -1,0 +1,72 @@
+"""Checkpoints that survive a kill at any moment: written aside, digested, renamed; the two newest are kept."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fofa_deploy.errors import IntegrityError, TrainingError
+from fofa_deploy.store import write_atomic
+from fofa_deploy.types import digest_file
+
+KEPT = 2
+
+
+def save(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write ``step-N.pt`` and, after it, its digest; older ones but the last are removed only then.
+
+    Raises:
+        TrainingError: the state has NaN or infinity in it; nothing is written.
+    """
+    refuse_non_finite(state, f"step {step}")
+    folder.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path = folder / f"step-{step}.pt"
+    write_atomic(path, buffer.getvalue())
+    write_atomic(path.with_suffix(".sha256"), digest_file(path).encode())
+    for old in _steps(folder)[:-KEPT]:
+        (folder / f"step-{old}.sha256").unlink(missing_ok=True)
+        (folder / f"step-{old}.pt").unlink(missing_ok=True)
+
+
+def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """The newest intact checkpoint, or None where there has been none yet, and a notice for each damaged one passed over.
+
+    Raises:
+        IntegrityError: there are checkpoints, and none is intact.
+    """
+    notices: list[str] = []
+    for step in reversed(_steps(folder)):
+        path = folder / f"step-{step}.pt"
+        recorded = path.with_suffix(".sha256")
+        if recorded.is_file() and digest_file(path) == recorded.read_text().strip():
+            return torch.load(path, map_location="cpu", weights_only=True), notices
+        notices.append(f"checkpoint {path} is damaged; the one before it is used")
+    if notices and any(folder.glob("step-*.sha256")):
+        raise IntegrityError(f"every checkpoint in {folder} is damaged", "remove that folder to train from the start")
+    return None, []
+
+
+def _steps(folder: Path) -> list[int]:
+    found = (re.fullmatch(r"step-(\d+)\.pt", path.name) for path in folder.glob("step-*.pt"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def refuse_non_finite(state: Any, where: str) -> None:  # noqa: ANN401 - nested dictionaries and lists of tensors
+    """Raise TrainingError naming the first tensor that is not finite."""
+    for name, tensor in _tensors(state, ""):
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise TrainingError(f"{name} has NaN or infinity at {where}", "lower the learning rate, or train in fp32")
+
+
+def _tensors(value: Any, name: str) -> list[tuple[str, Tensor]]:  # noqa: ANN401
+    if isinstance(value, Tensor):
+        return [(name, value)]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return [pair for key, item in items for pair in _tensors(item, f"{name}.{key}".lstrip("."))]

@@ -1,0 +1,126 @@
+"""What the pipeline's training stages do in their folders: make a model, train it if asked to, write weights and accuracy."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fofa_deploy.config import DistillPlan, ModelPlan, TeacherPlan, TrainPlan
+from fofa_deploy.data import Data, preprocessing
+from fofa_deploy.distill.loop import Trainer
+from fofa_deploy.distill.objective import Objective
+from fofa_deploy.distill.taps import tap
+from fofa_deploy.errors import TrainingError
+from fofa_deploy.inference import predict
+from fofa_deploy.metrics import topk
+from fofa_deploy.models import build_model, load_weights, parameter_count, save_weights
+from fofa_deploy.progress import Progress
+from fofa_deploy.results import Epoch, ModelSummary
+from fofa_deploy.store import write_atomic
+
+WEIGHTS, SUMMARY, CURVE, NOTICES = "weights.safetensors", "summary.json", "curve.json", "notices.json"
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What every training of a run shares."""
+
+    data: Data
+    seed: int
+    progress: Progress
+
+    def new(self, plan: ModelPlan) -> nn.Module:
+        """The plan's model with its own weights, or freshly initialized ones that depend on the seed alone."""
+        torch.manual_seed(self.seed)
+        return build_model(plan, len(self.data.class_names), self.data.plan.channels, self.data.plan.image_size)
+
+    def load(self, plan: ModelPlan, folder: Path) -> nn.Module:
+        """The model that `fit` or `distill` left in ``folder``, in eval mode."""
+        model = self.new(plan.model_copy(update={"checkpoint": None, "pretrained": False}))
+        load_weights(model, folder / WEIGHTS)
+        return model.eval()
+
+    def fit(self, plan: TeacherPlan, out: Path) -> None:
+        """A teacher: ready-made, or trained by cross-entropy alone.
+
+        Raises:
+            TrainingError: it misses its floor; the trained weights stay in ``out``.
+        """
+        model = self.new(plan)
+        if plan.fit:
+            alone = DistillPlan(method="none", **{name: getattr(plan.fit, name) for name in TrainPlan.model_fields})
+            self._train(self._objective(model, plan, alone), alone, out, "fit the teacher")
+        summary = self._finish(plan, model, out)
+        self._check_floor(plan, summary)
+
+    def distill(self, plan: ModelPlan, distill: DistillPlan | None, out: Path, taught_by: tuple[TeacherPlan, Path] | None) -> None:
+        """A student: ready-made, trained alone, or distilled from the teacher whose plan and folder are given."""
+        model = self.new(plan)
+        if distill:
+            taught_by = None if distill.method == "none" else taught_by
+            objective = self._objective(model, plan, distill, taught_by)
+            write_atomic(out / NOTICES, json.dumps(objective.notices).encode())
+            self._train(objective, distill, out, f"distill the student ({distill.method})")
+        self._finish(plan, model, out)
+
+    def _objective(
+        self, model: nn.Module, plan: ModelPlan, method: DistillPlan, taught_by: tuple[TeacherPlan, Path] | None = None
+    ) -> Objective:
+        shape = (self.data.plan.channels, *self.data.plan.image_size)
+        student = tap(model, shape, stages=method.fofa.stages, names=plan.taps)
+        if taught_by is None:
+            return Objective(student, None, method)
+        teacher_plan, folder = taught_by
+        teacher = tap(self.load(teacher_plan, folder), shape, stages=method.fofa.stages, names=teacher_plan.taps)
+        return Objective(student, teacher, method)
+
+    def _train(self, objective: Objective, plan: TrainPlan, out: Path, name: str) -> None:
+        trainer = Trainer(objective, self.data, preprocessing(self.data.plan), plan, self.seed, out, self.progress, name)
+        records = [epoch.model_dump(mode="json") for epoch in trainer.run()]
+        write_atomic(out / CURVE, json.dumps(records, indent=1, allow_nan=False).encode())
+
+    def _finish(self, plan: ModelPlan, model: nn.Module, out: Path) -> ModelSummary:
+        """Weights and accuracy; the test split is read here for the record, and decides nothing."""
+        model = model.cpu().eval()
+        save_weights(model, out / WEIGHTS)
+        summary = ModelSummary(model=plan.model, params=parameter_count(model), **self._accuracy(model))
+        write_atomic(out / SUMMARY, summary.model_dump_json(indent=1).encode())
+        return summary
+
+    def _accuracy(self, model: nn.Module) -> dict[str, float]:
+        if not self.data.plan.labelled:
+            return {}
+        validation, test = (
+            predict(model, split, preprocessing(self.data.plan)) for split in (self.data.validation, self.data.test)
+        )
+        return {
+            "top1": topk(test, self.data.test.labels, 1),
+            "top5": topk(test, self.data.test.labels, 5),
+            "top1_validation": topk(validation, self.data.validation.labels, 1),
+        }
+
+    def _check_floor(self, plan: TeacherPlan, summary: ModelSummary) -> None:
+        classes, found = len(self.data.class_names), summary.top1_validation or 0.0
+        floor = plan.floor_top1 if plan.floor_top1 is not None else min(3 / classes, 0.9)
+        if classes > 1 and not found >= floor:
+            problem = f"the teacher's validation accuracy is {found:.2%}, its floor {floor:.2%}"
+            raise TrainingError(problem, "check its weights and the preprocessing, train it longer, or lower teacher.floor_top1")
+
+
+def read_summary(folder: Path) -> ModelSummary:
+    return ModelSummary.model_validate_json((folder / SUMMARY).read_bytes())
+
+
+def read_curve(folder: Path) -> tuple[Epoch, ...]:
+    """One record per epoch; empty for a model that was not trained here."""
+    path = folder / CURVE
+    return tuple(Epoch.model_validate(record) for record in json.loads(path.read_bytes())) if path.is_file() else ()
+
+
+def read_notices(folder: Path) -> tuple[str, ...]:
+    path = folder / NOTICES
+    return tuple(json.loads(path.read_bytes())) if path.is_file() else ()

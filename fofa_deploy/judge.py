@@ -1,0 +1,69 @@
+"""Why an artifact is not good enough: precision, fidelity and accuracy, budgets. Empty text means that it is.
+
+Every comparison is written so that a missing figure, or one that is not a number, misses its limit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from fofa_deploy.config import AccuracyPlan
+from fofa_deploy.results import Comparison, TargetRow
+from fofa_deploy.types import Artifact, Budget, Precision
+from fofa_deploy.verify import Verification
+
+FLOAT_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
+"""Largest relative L2 error of a float artifact on the golden inputs; int8 is judged by accuracy alone."""
+
+
+def precision_problem(artifact: Artifact) -> str:
+    """Why the runtime's layer table contradicts the recipe: most layers with weights must run in what was asked for."""
+    weighted = [layer for layer in artifact.layers if layer.weighted]
+    if not weighted:
+        return "the runtime reports no layer with weights"
+    kept = sum(layer.precision == artifact.recipe.precision for layer in weighted)
+    if 2 * kept > len(weighted):
+        return ""
+    found = ", ".join(f"{count} {name}" for name, count in Counter(layer.precision for layer in weighted).most_common())
+    return f"asked for {artifact.recipe.precision}, but the layers with weights run in {found}"
+
+
+def accuracy_problem(precision: Precision, found: Verification, budget: AccuracyPlan, expected_top1: float | None) -> str:
+    """Why an artifact misses the accuracy budget; ``expected_top1`` is PyTorch's on the same labelled images."""
+    if not found.golden.finite or (found.whole and not found.whole.finite):
+        return "gives NaN or infinity"
+    limit, error = FLOAT_TOLERANCE.get(precision), found.golden.relative_error
+    if limit is not None and not (error is not None and error <= limit):
+        return f"relative error {error:.2g} on the golden inputs, {limit:g} is allowed for {precision}"
+    if found.whole is None:
+        return _agreement_problem(found.golden, budget)
+    if found.whole.top1 is None or expected_top1 is None:
+        return _agreement_problem(found.whole, budget)
+    return _top1_problem(found.whole.top1, expected_top1, budget)
+
+
+def _agreement_problem(found: Comparison, budget: AccuracyPlan) -> str:
+    if found.agreement >= budget.min_agreement:
+        return ""
+    return f"agrees with PyTorch on {found.agreement:.1%} of images, {budget.min_agreement:.1%} is asked for"
+
+
+def _top1_problem(top1: float, expected: float, budget: AccuracyPlan) -> str:
+    if not top1 >= expected - budget.max_top1_drop:
+        return f"top-1 {top1:.2%} on validation, {expected - top1:.2%} below PyTorch; {budget.max_top1_drop:.2%} is allowed"
+    if not top1 >= budget.min_top1:
+        return f"top-1 {top1:.2%} on validation, below the floor of {budget.min_top1:.2%}"
+    return ""
+
+
+def budget_problem(row: TargetRow, budget: Budget) -> str:
+    """Which limit a measured row misses; a figure that is not there misses it."""
+    figures = (
+        ("p90 latency", row.latency_ms.p90 if row.latency_ms else None, budget.p90_ms, "ms"),
+        ("size", row.size_bytes, budget.size_bytes, "bytes"),
+        ("peak memory", row.peak_rss_bytes, budget.peak_rss_bytes, "bytes"),
+    )
+    for name, value, limit, unit in figures:
+        if limit is not None and not (value is not None and value <= limit):
+            return f"{name} {'unknown' if value is None else format(value, '.6g')} {unit}, the budget is {limit:.6g}"
+    return ""

@@ -1,0 +1,137 @@
+"""Names and checkpoints -> modules. Weights are loaded strictly, and never by running what a file contains."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fofa_deploy.config import ModelPlan
+from fofa_deploy.errors import ModelError
+
+MOST_TENSORS = 20_000
+
+
+def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
+    """The plan's network for ``classes`` logits and images (B,channels,H,W), with its checkpoint if it names one.
+
+    Raises:
+        ModelError: no such model, arguments it does not take, or weights that do not fit.
+    """
+    kind, _, name = plan.model.partition(":")
+    try:
+        if kind == "timm":
+            model = _timm_model(name, plan, classes, channels, image_size)
+        else:
+            model = _resolve(plan.model)(num_classes=classes, in_chans=channels, **plan.arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ModelError(f"{plan.model} cannot be made: {error}", "check the model's arguments and data.image_size") from error
+    if plan.checkpoint:
+        load_weights(model, plan.checkpoint)
+    return model
+
+
+def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=3)
+        raise ModelError(f"timm has no model {name!r}", f"did you mean {', '.join(near)}?" if near else "see timm.list_models()")
+    config = timm.get_pretrained_cfg(name)
+    fixed: dict[str, Any] = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
+    arguments = {**fixed, **plan.arguments}
+    model: nn.Module = timm.create_model(name, pretrained=plan.pretrained, num_classes=classes, in_chans=channels, **arguments)
+    return model
+
+
+def _resolve(reference: str) -> Any:  # noqa: ANN401 - the user's callable
+    module, _, attribute = reference.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        action = "write timm:NAME, or package.module:function of something importable"
+        raise ModelError(f"model {reference!r} does not resolve: {error}", action) from error
+    if not callable(function):
+        raise ModelError(f"model {reference!r} is not callable", "name a function or class that returns a torch.nn.Module")
+    return function
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a .pt/.pth file that holds nothing but tensors.
+
+    Raises:
+        ModelError: missing, damaged, or it would have to run code.
+    """
+    if not path.is_file():
+        raise ModelError(f"checkpoint {path} does not exist", "check the path")
+    try:
+        return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"checkpoint {path} cannot be read as plain tensors: {reason}", "save it as .safetensors") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+            if len(keys) > MOST_TENSORS:
+                raise ModelError(f"{path} holds {len(keys)} tensors", f"no model here has more than {MOST_TENSORS}")
+            return {key: file.get_tensor(key) for key in keys}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError("it is not a dictionary of tensors")
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Strictly load a checkpoint: every tensor there, none left over, all finite.
+
+    Raises:
+        ModelError: naming what does not fit.
+    """
+    state = read_weights(path)
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    reshaped = [key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
+    if missing or extra or reshaped:
+        problems = [
+            f"{len(n)} {what} ({n[0]}, ...)"
+            for what, n in (("missing", missing), ("unknown", extra), ("of another shape", reshaped))
+            if n
+        ]
+        raise ModelError(
+            f"checkpoint {path} does not fit the model: tensors {', '.join(problems)}", "check model, arguments and classes"
+        )
+    if broken := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise ModelError(f"checkpoint {path} has NaN or infinity in {broken[0]}", "use an earlier checkpoint")
+    model.load_state_dict(state, strict=True)
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the state dict as safetensors, whole or not at all."""
+    from safetensors.torch import save
+
+    from fofa_deploy.store import write_atomic
+
+    state = {key: value.detach().contiguous().cpu().clone() for key, value in model.state_dict().items()}
+    write_atomic(path, save(state))
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

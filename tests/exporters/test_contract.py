@@ -1,0 +1,188 @@
+"""One suite for every registered back end and every recipe it offers. A new back end is tested here without a new line."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fofa_deploy.backend import Backend, Session, backend_names, get_backend
+from fofa_deploy.errors import BackendError, BuildError, IntegrityError
+from fofa_deploy.types import Artifact, Precision, Recipe
+
+from .conftest import BATCHES, KINDS, Built, Captured, profile_for, run_in_batches, stand_in
+
+COSINE = {Precision.FP32: 0.999999, Precision.FP16: 0.9999, Precision.BF16: 0.999, Precision.INT8: 0.98}
+AGREEMENT = {Precision.FP32: 1.0, Precision.FP16: 0.98, Precision.BF16: 0.95, Precision.INT8: 0.85}
+
+
+def _cases() -> list[tuple[str, str, str]]:
+    """Every (back end, kind, recipe name), asked for with stand-in graphs, because capturing is too slow for collecting."""
+    with TemporaryDirectory() as folder:
+        graphs = {kind: stand_in(kind, Path(folder) / kind) for kind in KINDS if (Path(folder) / kind).mkdir() is None}
+        return [
+            (name, kind, recipe.name)
+            for name in backend_names()
+            for kind, graph in graphs.items()
+            for recipe in get_backend(name).recipes(profile_for(name), graph)
+        ]
+
+
+@pytest.fixture(params=_cases(), ids="-".join, scope="session")
+def built(request: pytest.FixtureRequest, build: Callable[[str, str, str], Built]) -> Built:
+    return build(*request.param)
+
+
+@pytest.fixture
+def session(built: Built) -> Session:
+    probe = built.backend.probe(built.profile)
+    if not probe.can_run:
+        pytest.skip(f"{built.backend.name} cannot run here: {probe.reason}")
+    return built.backend.load(built.artifact, built.profile)
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_fits_the_seam(name: str, captured: dict[str, Captured]):
+    backend, profile = get_backend(name), profile_for(name)
+    assert isinstance(backend, Backend)
+    for kind in KINDS:
+        recipes = backend.recipes(profile, captured[kind].graph)
+        assert recipes, "no recipe for the profile it ships with"
+        assert len({recipe.name for recipe in recipes}) == len(recipes)
+        assert {recipe.precision for recipe in recipes} <= backend.precisions & set(profile.precisions)
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_offers_only_what_the_profile_allows(name: str, captured: dict[str, Captured]):
+    profile = profile_for(name).model_copy(update={"precisions": (Precision.FP32,)})
+    recipes = get_backend(name).recipes(profile, captured["cnn"].graph)
+    assert [recipe.precision for recipe in recipes] == [Precision.FP32]
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_a_probe_that_says_no_says_why(name: str):
+    probe = get_backend(name).probe(profile_for(name))
+    assert (probe.can_build and probe.can_run) or probe.reason
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_refuses_a_device_it_cannot_drive(name: str):
+    profile = profile_for(name)
+    npu = profile.model_copy(update={"device": profile.device.model_copy(update={"kind": "npu", "name": "NPU"})})
+    probe = get_backend(name).probe(npu)
+    assert not probe.can_run
+    assert probe.reason
+
+
+def test_records_what_it_built(built: Built):
+    artifact = built.artifact
+    assert artifact.backend == built.backend.name
+    assert artifact.graph_sha256 == built.captured.graph.sha256
+    assert artifact.versions
+    assert all((artifact.folder / record.path).is_file() for record in artifact.files)
+
+
+def test_layer_table_proves_the_precision(built: Built):
+    weighted = [layer for layer in built.artifact.layers if layer.weighted]
+    kept = sum(layer.precision == built.artifact.recipe.precision for layer in weighted)
+    assert weighted
+    assert 2 * kept > len(weighted), [(layer.operator, layer.precision) for layer in weighted]
+
+
+def test_round_trip(built: Built):
+    assert Artifact.load(built.artifact.folder) == built.artifact
+
+
+def test_altered_byte_is_refused(built: Built, tmp_path: Path):
+    folder = Path(shutil.copytree(built.artifact.folder, tmp_path / "copy"))
+    path = folder / built.artifact.files[0].path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError):
+        Artifact.load(folder)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_agrees_with_pytorch(built: Built, session: Session, batch: int):
+    precision = built.artifact.recipe.precision
+    count = batch if built.backend.name == "reference" else 64  # numpy convolves slowly
+    expected = built.captured.logits[:count]
+    with session:
+        found = run_in_batches(session, built.captured.inputs[:count], batch)
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    assert _cosine(found, expected) >= COSINE[precision]
+    assert np.mean(found.argmax(1) == expected.argmax(1)) >= AGREEMENT[precision]
+    if precision is Precision.FP32:
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_batch_order_does_not_matter(built: Built, session: Session):
+    inputs = built.captured.inputs[:8]
+    order = np.array([5, 2, 7, 0, 3, 6, 1, 4])
+    with session:
+        straight, shuffled = run_in_batches(session, inputs, 8), run_in_batches(session, inputs[order], 8)
+    # Dynamic int8 takes its activation range from the whole batch, which is the same set of images here.
+    np.testing.assert_allclose(shuffled, straight[order], rtol=1e-4, atol=1e-4)
+
+
+def test_is_deterministic(built: Built, session: Session):
+    feeds = {"images": built.captured.inputs[:2]}
+    with session:
+        first = session.run(feeds)["logits"].copy()
+        np.testing.assert_array_equal(session.run(feeds)["logits"], first)
+
+
+def test_outputs_survive_the_next_run(built: Built, session: Session):
+    one, other = built.captured.inputs[:2], built.captured.inputs[2:4]
+    with session:
+        first = session.run({"images": one})["logits"]
+        kept = first.copy()
+        session.run({"images": other})
+        np.testing.assert_array_equal(first, kept)
+
+
+def test_names_the_device(session: Session):
+    with session:
+        assert session.device
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_int8_without_calibration_is_refused(name: str, captured: dict[str, Captured], tmp_path: Path):
+    backend, profile = get_backend(name), profile_for(name)
+    for recipe in _buildable(backend, captured["cnn"]):
+        if recipe.needs_calibration:
+            with pytest.raises(BuildError, match="calibration"):
+                backend.build(captured["cnn"].graph, recipe, None, tmp_path)
+    assert profile.runtime == name
+
+
+def _buildable(backend: Backend, captured: Captured) -> list[Recipe]:
+    profile = profile_for(backend.name)
+    if not backend.probe(profile).can_build:
+        pytest.skip(f"{backend.name} cannot build here: {backend.probe(profile).reason}")
+    return list(backend.recipes(profile, captured.graph))
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_altered_graph_is_refused(name: str, captured: dict[str, Captured], tmp_path: Path):
+    backend, whole = get_backend(name), captured["cnn"]
+    recipe = _buildable(backend, whole)[-1]
+    path = tmp_path / "model.onnx"
+    data = bytearray(whole.graph.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises((IntegrityError, BackendError)):
+        backend.build(whole.graph.model_copy(update={"path": path}), recipe, whole.calibration, tmp_path)
+
+
+def _cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+    """Mean cosine similarity of two sets of logits (B,classes)."""
+    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
+    return float(np.mean(np.sum(found * expected, axis=1) / norms))
