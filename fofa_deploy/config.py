@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable
 from importlib import resources
@@ -200,8 +201,8 @@ class RunPlan(Frozen):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        for problem in self._problems():
-            raise ValueError(problem)
+        if problems := list(self._problems()):
+            raise ValueError("; ".join(problems))
         return self
 
     def _problems(self) -> Iterable[str]:
@@ -232,7 +233,18 @@ def _read_plan(source: str) -> tuple[dict[str, Any], Path]:
     path = Path(source)
     if not path.is_file():
         raise PlanError(f"there is no plan {source!r}", f"give a TOML file, or one of: {', '.join(embedded_plans())}")
-    return read_tables(path), path.parent.absolute()
+    return _tables(path), path.parent.absolute()
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    """A TOML file, or the resolved plan of a run directory, which is JSON."""
+    if path.suffix != ".json":
+        return read_tables(path)
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise PlanError(f"{path} is not JSON: {error}", "take the plan.json of a run directory, or write a TOML file") from error
+    return found if isinstance(found, dict) else {}
 
 
 def _parse_value(text: str) -> Any:  # noqa: ANN401 - a TOML value is any scalar, list or table
@@ -280,3 +292,16 @@ def load_plan(source: str, overrides: Iterable[str] = ()) -> RunPlan:
         override(data, assignment)
     _anchor(data, Path.cwd())
     return validate(data, RunPlan, source)
+
+
+def ready_made(checkpoint: Path, model: str, classes: int, images: Path, overrides: Iterable[str] = ()) -> RunPlan:
+    """The plan of a model that needs no training, with unlabelled images to hold its artifacts to."""
+    data: dict[str, Any] = {
+        "name": "ready-made",
+        "targets": ["cpu-onnxruntime"],
+        "data": {"name": "images", "root": str(images.absolute()), "classes": classes},
+        "student": {"model": model, "checkpoint": str(checkpoint.absolute())},
+    }
+    for assignment in overrides:
+        override(data, assignment)
+    return validate(data, RunPlan, "the command line")

@@ -7,7 +7,7 @@ running the same command again resumes, and a finished run redoes nothing but me
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -28,8 +28,11 @@ from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
 from fofa_deploy.store import Store, write_atomic
 from fofa_deploy.tune import Evidence, Settings, Tuner
-from fofa_deploy.types import Execution, Status
+from fofa_deploy.types import Execution, Graph, Status
 from fofa_deploy.verify import GraphCheck
+
+PLAN = "plan.json"
+"""The resolved plan, in the run directory; it is a plan like any other."""
 
 REFERENCE = "cpu-onnxruntime"
 """The profile that graphs are checked and the model to beat is timed under; the latter with each target's own threads."""
@@ -145,21 +148,26 @@ class Run:
         if row.status is not Status.VERIFIED:
             raise BackendError(f"the reference does not run on ONNX Runtime: {row.reason}", "run fofa-deploy doctor")
         summary = read_summary(folder)
-        return row.model_copy(update={"top1": summary.top1, "top5": summary.top5}), tuner.candidate(profile, row)
+        facts = {"top1": summary.top1, "top5": summary.top5, "description": f"{plan.model}, fp32 on ONNX Runtime"}
+        return row.model_copy(update=facts), tuner.candidate(profile, row)
 
-    def targets(self, recipe: str | None = None) -> tuple[list[TargetRow], TargetRow]:
-        """One row per target and recipe tried, or per target for one recipe; and the reference's row."""
+    def tuner(self, recipe: str | None = None, fresh: bool = False, timed: bool = True) -> Tuner:
+        """For all recipes or one; ``fresh`` verifies again; without ``timed`` there is no reference to race against."""
         evidence = Evidence(self.graph / "golden.npz", self.splits, self.expected, self.plan.data.labelled)
-        settings, calibration = self._settings(recipe), self.splits / "calibration"
-        row, candidate = self.reference
-        tuner = Tuner(self.store, self.graph, evidence, calibration, settings, self.progress, candidate)
+        settings = self._settings(recipe, fresh)
+        reference = self.reference[1] if timed else None
+        return Tuner(self.store, self.graph, evidence, self.splits / "calibration", settings, self.progress, reference)
+
+    def targets(self) -> tuple[list[TargetRow], TargetRow]:
+        """One row per target and recipe; and the reference's row, with what it took beside the first target."""
+        tuner = self.tuner()
         rows = [row for profile in self.profiles for row in tuner.tune(profile)]
         timed = tuner.reference_timings[0] if tuner.reference_timings else {}
-        return rows, row.model_copy(update=timed)
+        return rows, self.reference[0].model_copy(update=timed)
 
-    def _settings(self, recipe: str | None = None) -> Settings:
+    def _settings(self, recipe: str | None = None, fresh: bool = False) -> Settings:
         plan = self.plan
-        return Settings(plan.accuracy, plan.measure, plan.limits, plan.budget, plan.seed, recipe)
+        return Settings(plan.accuracy, plan.measure, plan.limits, plan.budget, plan.seed, recipe, fresh)
 
     def report(self, rows: Sequence[TargetRow], reference: TargetRow) -> RunReport:
         """Write report.json, report.md, report.html and model_card.md into the run directory."""
@@ -179,6 +187,8 @@ class Run:
             environment=environment.describe(),
             stages=tuple(self.store.timings),
             notices=(*read_notices(self.student), *self.store.notices),
+            sidecar=Graph.load(self.graph).sidecar,
+            command=f"fofa-deploy compress-and-export {PLAN} --out {self.store.root.name}",
         )
         write_report(report, self.store.root)
         return report
@@ -195,7 +205,7 @@ def record_plan(store: Store, plan: RunPlan, force: bool) -> None:
     Raises:
         PlanError: the directory belongs to another plan; says what differs.
     """
-    path = store.root / "plan.json"
+    path = store.root / PLAN
     text = plan.model_dump_json(indent=1)
     if path.is_file() and path.read_text() != text and not force:
         changes = _differences(RunPlan.model_validate_json(path.read_bytes()).model_dump(), plan.model_dump())
@@ -232,6 +242,20 @@ def compress_and_export(plan: RunPlan, out: Path, progress: Progress, force: boo
     """
     with opened(plan, out, progress, force) as run:
         return run.report(*run.targets())
+
+
+def reopened(out: Path, progress: Progress) -> AbstractContextManager[Run]:
+    """A run directory by itself, with the plan it was made from.
+
+    Raises:
+        PlanError: ``out`` is not a run directory.
+    """
+    path = out / PLAN
+    if not path.is_file():
+        raise PlanError(
+            f"{out} is not a run directory: it has no {PLAN}", "make one: fofa-deploy compress-and-export PLAN --out DIR"
+        )
+    return opened(RunPlan.model_validate_json(path.read_bytes()), out, progress)
 
 
 def failures(plan: RunPlan, report: RunReport) -> list[str]:

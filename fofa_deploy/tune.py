@@ -96,6 +96,8 @@ class Settings:
     budget: Budget
     seed: int
     recipe: str | None = None
+    fresh: bool = False
+    """Verify again what has been verified before."""
 
 
 class Tuner:
@@ -210,15 +212,19 @@ class Tuner:
             "machine": environment.describe().fingerprint,
         }
 
+        if self._settings.fresh:
+            return self._run_verify(request)
+
         def work(out: Path) -> None:
-            limits = self._settings.limits
-            found = run_isolated(
-                "fofa_deploy.verify:verify", request, Verification, seconds=limits.run_seconds, memory_bytes=limits.memory_bytes
-            )
-            (out / "verification.json").write_text(found.model_dump_json(indent=1))
+            (out / "verification.json").write_text(self._run_verify(request).model_dump_json(indent=1))
 
         stage = f"verification/{profile.name}/{artifact.recipe.name}/{split}"
         return Verification.model_validate_json((self._store.run(stage, inputs, work) / "verification.json").read_bytes())
+
+    def _run_verify(self, request: VerifyRequest) -> Verification:
+        limits = self._settings.limits
+        child = "fofa_deploy.verify:verify"
+        return run_isolated(child, request, Verification, seconds=limits.run_seconds, memory_bytes=limits.memory_bytes)
 
     # --- all recipes of a target ------------------------------------------------------------------------------
 

@@ -1,0 +1,170 @@
+"""A ready-made ONNX file as a captured graph: copied, checked, given a sidecar and golden outputs by the numpy evaluator.
+
+Nothing here needs PyTorch: the model the artifacts are held to is the file itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from fofa_deploy.backend import get_backend
+from fofa_deploy.config import DataPlan, LimitsPlan
+from fofa_deploy.data import Split, load_data, preprocessing, write_split
+from fofa_deploy.errors import GraphError
+from fofa_deploy.isolate import run_isolated
+from fofa_deploy.profile import find_profile
+from fofa_deploy.progress import Progress
+from fofa_deploy.store import Store
+from fofa_deploy.tune import Evidence, Settings, Tuner
+from fofa_deploy.types import Frozen, Graph, HardwareProfile, Sidecar, TensorSpec
+from fofa_deploy.verify import run_all
+
+GOLDEN = 8
+KEY = "fofa_deploy.sidecar"
+
+
+class Preparation(Frozen):
+    """How to feed a file that does not say it itself."""
+
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
+
+
+class Answers(Frozen):
+    """Where to write a graph's logits float32 (N,K) for uint8 images (N,C,H,W)."""
+
+    graph: Path
+    profile: HardwareProfile
+    images: Path
+    out: Path
+
+
+class Done(Frozen):
+    images: int
+
+
+def answer(request: Answers) -> Done:
+    """Run the float graph on images; in a child process."""
+    import tempfile
+
+    graph, backend = Graph.load(request.graph), get_backend(request.profile.runtime)
+    images = np.load(request.images, mmap_mode="r", allow_pickle=False)
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = backend.build(graph, backend.recipes(request.profile, graph)[0], None, Path(folder))
+        with backend.load(artifact, request.profile) as session:
+            np.save(request.out, run_all(session, artifact, images, 8))
+    return Done(images=len(images))
+
+
+def read_sidecar(file: Path, preparation: Preparation) -> Sidecar:
+    """The sidecar beside the file or inside it; else one made from its input and output.
+
+    Raises:
+        GraphError: it is no ONNX file, or does not map one image batch (B,C,H,W) to one batch of logits (B,K).
+    """
+    try:
+        onnx.checker.check_model(str(file))
+        model = onnx.load(file)
+    except (onnx.checker.ValidationError, DecodeError, OSError) as error:
+        raise GraphError(f"{file} is not a valid ONNX file: {str(error).splitlines()[0]}", "export it again") from error
+    beside = file.with_name("sidecar.json")
+    inside = {prop.key: prop.value for prop in model.metadata_props}.get(KEY)
+    if beside.is_file() or inside:
+        return Sidecar.model_validate_json(beside.read_bytes() if beside.is_file() else str(inside))
+    return _derived(model, file, preparation)
+
+
+def _derived(model: onnx.ModelProto, file: Path, preparation: Preparation) -> Sidecar:
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    shapes = [_shape(value) for value in (*inputs, *model.graph.output)]
+    if len(inputs) != 1 or len(model.graph.output) != 1 or len(shapes[0]) != 4 or len(shapes[1]) != 2:
+        raise GraphError(
+            f"{file} maps {shapes}: not images (B,C,H,W) to logits (B,K)", "give a classifier with one input and output"
+        )
+    (_, channels, height, width), (_, classes) = shapes
+    if not (channels in (1, 3) and height and width and classes):
+        raise GraphError(f"{file} has dynamic sides or channels: {shapes[0]}", "fix all but the batch axis when exporting")
+    plan = DataPlan(
+        name="images",
+        classes=classes,
+        image_size=(height, width),
+        channels=1 if channels == 1 else 3,
+        mean=preparation.mean,
+        std=preparation.std,
+    )
+    return Sidecar(
+        model=file.name,
+        input=TensorSpec(name=inputs[0].name, shape=(None, channels, height, width)),
+        output=TensorSpec(name=model.graph.output[0].name, shape=(None, classes)),
+        preprocessing=preprocessing(plan),
+        class_names=tuple(str(number) for number in range(classes)),
+    )
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
+    return tuple(d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim)
+
+
+def adopt(store: Store, file: Path, images: Path | None, preparation: Preparation, progress: Progress, settings: Settings) -> Tuner:
+    """A tuner for a ready-made ONNX file.
+
+    Args:
+        images: folder of real images; without it inputs are seeded noise, and nothing can be calibrated.
+    """
+    sidecar = read_sidecar(file, preparation)
+    data = None if images is None else load_data(_data_plan(sidecar, images), settings.seed)
+    limits = settings.limits
+
+    def fill_data(out: Path) -> None:
+        if data is None:
+            _write_noise(sidecar, out / "validation", settings.seed)
+            return
+        write_split(data.validation, out / "validation", progress, "validation")
+        write_split(Split(data.train.source, data.train.indices[:256]), out / "calibration", progress, "calibration")
+
+    splits = store.run("data", {"images": data.digest if data else None, "sidecar": sidecar, "seed": settings.seed}, fill_data)
+
+    def fill_graph(out: Path) -> None:
+        shutil.copyfile(file, out / "model.onnx")
+        (out / "sidecar.json").write_text(sidecar.model_dump_json(indent=1))
+        golden = np.load(splits / "validation" / "images.npy", mmap_mode="r")[:GOLDEN]
+        golden = np.resize(golden, (GOLDEN, *golden.shape[1:]))
+        np.save(out / "golden-pixels.npy", golden)
+        progress.say("evaluate the golden inputs with numpy")
+        logits = _answers(out, "reference", out / "golden-pixels.npy", out / "golden-logits.npy", limits)
+        np.savez(out / "golden.npz", images=sidecar.preprocessing.apply(golden), logits=logits)
+
+    graph = store.run("graph", {"file": file, "sidecar": sidecar, "images": splits}, fill_graph)
+
+    def fill_expected(out: Path) -> None:
+        _answers(graph, "cpu-onnxruntime", splits / "validation" / "images.npy", out / "validation.npy", limits)
+
+    expected = store.run("expected", {"graph": graph, "images": splits}, fill_expected)
+    calibration = splits / "calibration"
+    evidence = Evidence(graph / "golden.npz", splits, expected)
+    return Tuner(store, graph, evidence, calibration if calibration.is_dir() else None, settings, progress)
+
+
+def _answers(graph: Path, profile: str, images: Path, out: Path, limits: LimitsPlan) -> np.ndarray:
+    request = Answers(graph=graph, profile=find_profile(profile), images=images, out=out)
+    run_isolated("fofa_deploy.adopt:answer", request, Done, seconds=limits.run_seconds, memory_bytes=limits.memory_bytes)
+    logits: np.ndarray = np.load(out, allow_pickle=False)
+    return logits
+
+
+def _data_plan(sidecar: Sidecar, images: Path) -> DataPlan:
+    known = sidecar.preprocessing
+    return DataPlan(name="images", root=images, class_names=sidecar.class_names, **known.model_dump())
+
+
+def _write_noise(sidecar: Sidecar, folder: Path, seed: int) -> None:
+    folder.mkdir()
+    shape = (GOLDEN, *(side or 1 for side in sidecar.input.shape[1:]))
+    np.save(folder / "images.npy", np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
+    np.save(folder / "labels.npy", np.zeros(GOLDEN, np.int64))

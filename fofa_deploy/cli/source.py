@@ -1,0 +1,118 @@
+"""What ``quantize``, ``verify`` and ``profile`` work on: a run directory, or a ready-made ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fofa_deploy.cli import options
+
+if TYPE_CHECKING:
+    from fofa_deploy.progress import Progress
+    from fofa_deploy.results import TargetRow
+    from fofa_deploy.tune import Tuner
+    from fofa_deploy.types import HardwareProfile
+
+
+@dataclass(frozen=True)
+class Source:
+    """The options that say what to work on."""
+
+    path: Path
+    profile: str | None
+    recipe: str | None
+    out: Path | None
+    images: Path | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter("write numbers such as 0.5 or 0.485,0.456,0.406") from error
+
+
+def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The argument SOURCE and everything that goes with it, handed to the command as one `Source`."""
+
+    def wrapped(
+        source: Path,
+        profile_name: str | None,
+        recipe: str | None,
+        out: Path | None,
+        images: Path | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        **others: Any,  # noqa: ANN401 - the command's own options
+    ) -> Any:  # noqa: ANN401
+        return command(Source(source, profile_name, recipe, out, images, mean, std), **others)
+
+    wrapped.__doc__ = command.__doc__
+    wrapped.__name__ = command.__name__
+    decorators = (
+        click.argument("source", type=click.Path(path_type=Path, exists=True)),
+        options.hardware,
+        click.option("--recipe", help="Only this recipe."),
+        click.option("--out", type=options.FOLDER, help="Where to build from an ONNX file; default: NAME.fofa beside it."),
+        options.images,
+        click.option("--mean", default="0.5", callback=_numbers, help="Of an ONNX file's input, when it has no sidecar."),
+        click.option("--std", default="0.5", callback=_numbers, help="Of an ONNX file's input, when it has no sidecar."),
+    )
+    for decorate in reversed(decorators):
+        wrapped = decorate(wrapped)
+    return wrapped
+
+
+@contextmanager
+def open_source(
+    source: Source, progress: Progress, *, fresh: bool = False, timed: bool = False
+) -> Iterator[tuple[Tuner, list[HardwareProfile]]]:
+    """A tuner for the source, and the profiles it is to be used with."""
+    from fofa_deploy.profile import find_profile
+
+    if source.path.is_file():
+        if source.profile is None:
+            raise click.UsageError("name a hardware profile with --profile (see fofa-deploy profiles)")
+        with _open_onnx(source, progress, fresh) as tuner:
+            yield tuner, [find_profile(source.profile)]
+        return
+    from fofa_deploy.pipeline import reopened
+
+    with reopened(source.path, progress) as run:
+        yield run.tuner(source.recipe, fresh, timed), [find_profile(source.profile)] if source.profile else run.profiles
+
+
+@contextmanager
+def _open_onnx(source: Source, progress: Progress, fresh: bool) -> Iterator[Tuner]:
+    from fofa_deploy.adopt import Preparation, adopt
+    from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
+    from fofa_deploy.store import Store
+    from fofa_deploy.tune import Settings
+    from fofa_deploy.types import Budget
+
+    settings = Settings(AccuracyPlan(), MeasurePlan(), LimitsPlan(), Budget(), 0, source.recipe, fresh)
+    with Store(source.out or source.path.with_suffix(".fofa")) as store:
+        yield adopt(store, source.path, source.images, Preparation(mean=source.mean, std=source.std), progress, settings)
+
+
+def finish(rows: list[TargetRow], as_json: bool) -> None:
+    """Show the rows; exit 1 when something failed or was rejected, 3 when nothing could be tried."""
+    import json
+    import sys
+
+    from fofa_deploy.cli.show import target_rows
+    from fofa_deploy.types import Status
+
+    if as_json:
+        click.echo(json.dumps([row.model_dump(mode="json") for row in rows], indent=1, allow_nan=False))
+    else:
+        target_rows(rows)
+    statuses = {row.status for row in rows}
+    sys.exit(3 if statuses <= {Status.SKIPPED} else 1 if Status.FAILED in statuses else 0)

@@ -1,0 +1,279 @@
+"""The loss of every method: what it sums, what it trains, what it leaves alone."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from fofa_deploy.config import DistillPlan
+from fofa_deploy.distill.objective import Objective
+from fofa_deploy.distill.taps import tap
+from fofa_deploy.errors import ModelError
+
+METHODS = {
+    "none": {"ce"},
+    "kd": {"ce", "kd"},
+    "rsd": {"ce", "kd", "rsd"},
+    "fofa": {"ce", "kd", "fofa", "regularizer"},
+    "fofa+rsd": {"ce", "kd", "fofa", "regularizer", "rsd"},
+}
+TEACHERS = ["cnn", "vit", "swin", "mixer", "mobilevit", "coat", "levit"]
+
+
+def open_prompts(objective, value=0.3):
+    for prompt in objective.features.prompts.values():
+        nn.init.constant_(prompt.b, value)
+    return objective
+
+
+def step(objective, batch, optimizer=None):
+    optimizer = optimizer or torch.optim.AdamW(objective.parameter_groups(1e-3, 0.05))
+    losses = objective(*batch)
+    optimizer.zero_grad()
+    losses.total.backward()
+    optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_terms_and_weights(method, objective, batch):
+    weights = {"ce": 0.5, "kd": 2.0, "fofa": 3.0, "regularizer": 0.25, "rsd": 0.125}
+    made = objective(teacher=None if method == "none" else "vit", method=method, weights=weights).train()
+    losses = made(*batch())
+    assert set(losses.terms) == METHODS[method]
+    assert float(losses.total) == pytest.approx(sum(weights[name] * float(term) for name, term in losses.terms.items()), rel=1e-5)
+    assert not any(term.requires_grad or term.ndim for term in losses.terms.values())
+    assert losses.logits.shape == (4, 5)
+    assert not losses.logits.requires_grad
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_the_prompted_teacher_starts_as_the_plain_one(teacher, objective, batch):
+    student = "mobilevit" if teacher in ("mobilevit", "coat", "levit") else "cnn"
+    made, (images, _) = objective(student, teacher).eval(), batch(teacher)
+    assert len(made.features.prompts) == len(made.teacher.stages)
+    with torch.no_grad():
+        plain = made.teacher(images)
+        targets = made.features.targets(plain)
+        bent = made.teacher(images, made.features.bends(made.features.align(made.student(images), targets), targets))
+    for one, other in zip([bent.logits, *bent.maps], [plain.logits, *plain.maps], strict=True):
+        assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+@pytest.mark.parametrize("method", ["fofa", "fofa+rsd", "rsd", "kd"])
+def test_gradients_reach_exactly_what_is_trained(method, objective, batch):
+    made = objective(method=method).train()
+    if "fofa" in method:
+        open_prompts(made)
+    made(*batch()).total.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
+    silent = [name for name, p in made.named_parameters() if not p.grad.any() and not name.endswith(("key.bias", "bias"))]
+    assert silent == []
+    assert not any(p.requires_grad or p.grad is not None for p in made.teacher.parameters())
+
+
+def test_the_feedback_passes_no_gradient_to_the_student(objective, batch):
+    made = open_prompts(objective()).train()
+    student, (images, _) = made.student(batch()[0]), batch()
+    plain = made.features.targets(made._plain(images))
+    aligned = made.features.align(student, plain)
+    bent = made.teacher(images, made.features.bends(aligned, plain))
+    sum(grid.sum() for grid in bent.maps).backward()
+    assert all(p.grad is None for p in made.student.parameters())
+    assert any(p.grad is not None for p in made.features.prompts.parameters())
+
+
+@pytest.mark.parametrize("teacher", ["cnn", "vit", "mobilevit"])
+def test_the_teacher_stays_frozen_and_in_eval(teacher, objective, batch):
+    made = open_prompts(objective("mobilevit" if teacher == "mobilevit" else "cnn", teacher))
+    made.teacher.model.drop_path_probe = nn.Dropout(0.5)
+    before = copy.deepcopy(made.teacher.state_dict())
+    made.train()
+    optimizer = torch.optim.AdamW(made.parameter_groups(1e-2, 0.05))
+    for seed in range(2):
+        step(made, batch(teacher, seed=seed), optimizer)
+    made.teacher.train()  # somebody else's mistake
+    step(made, batch(teacher), optimizer)
+    assert not any(module.training for module in made.teacher.modules())
+    assert all(torch.equal(value, before[key]) for key, value in made.teacher.state_dict().items())
+
+
+def test_the_last_batch_may_be_smaller(objective, batch):
+    made = objective("vit", "mixer", method="fofa+rsd").train()
+    for count in (4, 3, 1):
+        assert step(made, batch("vit", count=count)).total.isfinite()
+
+
+def test_reversing_a_batch_changes_nothing_else(objective, batch):
+    made, (images, labels) = open_prompts(objective()).train(), batch()
+    twin = copy.deepcopy(made)
+    forward, backward = made(images, labels), twin(images.flip(0), labels.flip(0))
+    assert torch.allclose(forward.logits.flip(0), backward.logits, atol=1e-5)
+    for name, term in forward.terms.items():
+        assert torch.allclose(term, backward.terms[name], rtol=1e-4, atol=1e-6)
+
+
+def test_feedback_is_of_the_same_images(objective, batch):
+    """No state passes from one batch to the next but the running statistics."""
+    made = open_prompts(objective(fofa={"standardize": False})).eval()
+    alone = made(*batch(seed=1)).terms
+    made(*batch(seed=2, count=3))
+    assert all(torch.equal(term, alone[name]) for name, term in made(*batch(seed=1)).terms.items())
+
+
+def test_non_square_inputs():
+    class Plain(nn.Sequential):
+        def __init__(self, *channels):
+            layers = [nn.Conv2d(a, b, 3, 2, 1) for a, b in zip((3, *channels), channels, strict=False)]
+            super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels[-1], 5))
+
+    shape, names = (3, 24, 40), ("0", "1", "2")
+    student, teacher = (tap(Plain(*widths), shape, names=names) for widths in ((4, 6, 8), (8, 8, 12)))
+    made = Objective(student, teacher, DistillPlan(method="fofa+rsd", fofa={"width": 8, "heads": 2, "regions": 4})).train()
+    assert step(made, (torch.randn(4, *shape), torch.arange(4))).total.isfinite()
+    assert len(made.features.prompts) == 3
+    assert made.notices == ("teacher stages without the prompt that was asked for: 4",)
+
+
+def test_teacher_and_student_may_see_other_sizes(tapped, batch):
+    plan = DistillPlan(method="fofa", fofa={"width": 8, "heads": 2, "regions": 4})
+    made = Objective(tapped("vit"), tapped("mobilevit"), plan, teacher_size=(64, 64)).train()
+    assert step(made, batch("vit")).total.isfinite()
+    assert made.diagnostics(*batch("vit"))["samples"] == 4
+
+
+def test_state_holds_everything_but_the_teacher(objective, batch):
+    made = open_prompts(objective(method="fofa+rsd")).train()
+    step(made, batch())
+    state = made.state_dict()
+    assert {key.split(".")[0] for key in state} == {"student", "features", "projector"}
+    assert any("scales.0.mean" in key for key in state)
+    assert {key for key in state if key.startswith("student.")} == {
+        f"student.model.{key}" for key in made.student.model.state_dict()
+    }
+    other = objective(method="fofa+rsd")
+    other.load_state_dict(state)
+    ours, theirs = made.eval()(*batch(seed=3)), other.eval()(*batch(seed=3))
+    assert torch.equal(ours.total, theirs.total)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in made.state_dict().items())
+
+
+def test_resuming_gives_the_same_steps(objective, batch):
+    made = objective(method="fofa+rsd").train()
+    optimizer = torch.optim.AdamW(made.parameter_groups(1e-3, 0.05))
+    step(made, batch(), optimizer)
+    other = objective(method="fofa+rsd").train()
+    other.load_state_dict(made.state_dict())
+    resumed = torch.optim.AdamW(other.parameter_groups(1e-3, 0.05))
+    resumed.load_state_dict(optimizer.state_dict())
+    for seed in (1, 2):
+        assert torch.equal(step(made, batch(seed=seed), optimizer).total, step(other, batch(seed=seed), resumed).total)
+
+
+def test_statistics_come_from_the_plain_teacher_and_only_in_training(objective, batch):
+    made, (images, labels) = open_prompts(objective(), 5.0), batch()
+    made.eval()(images, labels)
+    assert made.features.scales[0].batches == 0
+    made.train()(images, labels)
+    plain = made.features.targets(made._plain(images))
+    for scale, grid in zip(made.features.scales, plain, strict=True):
+        assert torch.allclose(scale.mean, grid.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_targets_have_one_scale_whatever_the_teacher(tapped, objective, batch):
+    made = objective("cnn", "cnn").train()
+    images, labels = batch()
+    made(images, labels)
+    targets = made.features.standardize(made.features.targets(made._plain(images)))
+    assert all(0.5 < grid.square().mean() < 1.1 for grid in targets)
+
+
+def test_parameter_groups(objective):
+    made = objective("vit", "cnn", method="fofa+rsd")
+    decayed, kept = made.parameter_groups(0.1, 0.05)
+    names = {id(p): name for name, p in made.named_parameters()}
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert (decayed["weight_decay"], kept["weight_decay"], kept["lr"]) == (0.05, 0.0, 0.1)
+    free = {names[id(p)] for p in kept["params"]}
+    assert {"student.model.cls_token", "student.model.pos_embed", "features.attention.positions", "features.prompts.0.b"} <= free
+    assert all(p.ndim > 1 and not names[id(p)].endswith(".bias") for p in decayed["params"])
+    assert "student.model.patch_embed.proj.weight" not in free
+
+
+def test_diagnostics_watch_the_prompted_teacher(objective, batch):
+    made, (images, labels) = objective().train(), batch()
+    before = copy.deepcopy(made.state_dict())
+    same = made.diagnostics(images, labels)
+    assert same["samples"] == 4
+    assert same["drift_nats"] == pytest.approx(0, abs=1e-5)
+    assert same["teacher_correct"] == same["prompted_correct"]
+    assert made.training
+    assert all(torch.equal(value, before[key]) for key, value in made.state_dict().items())
+    assert open_prompts(made, 20.0).diagnostics(images, labels)["drift_nats"] > 1e-3
+    assert objective(method="kd").diagnostics(images, labels)["drift_nats"] == pytest.approx(0, abs=1e-6)
+    assert objective(teacher=None, method="none").diagnostics(images, labels) == {}
+
+
+def test_prompts_only_where_asked_for(objective, batch):
+    late = objective(fofa={"prompted_stages": (3, 4)}).train()
+    assert sorted(late.features.prompts) == ["2", "3"]
+    off = objective(fofa={"prompted_stages": ()}).train()
+    runs = []
+    off.teacher.model.register_forward_hook(lambda *_: runs.append(1))
+    assert set(off(*batch()).terms) == {"ce", "kd", "fofa"}
+    assert len(runs) == 1  # no prompted pass
+    late.teacher.model.register_forward_hook(lambda *_: runs.append(1))
+    late(*batch())
+    assert len(runs) == 3  # one plain, one prompted
+    assert all(p.fuse is None for p in objective(fofa={"feedback": False}).features.prompts.values())
+
+
+def test_models_with_other_numbers_of_stages_are_paired(objective):
+    made = objective("mobilevit", "levit")
+    assert (made.features.student_stages, made.features.teacher_stages) == ([1, 2, 3], [0, 1, 2])
+    assert made.notices == ("teacher stages without the prompt that was asked for: 4",)
+
+
+def test_what_does_not_fit_is_refused_up_front(tapped):
+    import timm
+
+    other = tap(timm.create_model("resnet10t", num_classes=7), (3, 32, 32))
+    with pytest.raises(ModelError, match="7 classes, the student 5"):
+        Objective(tapped("cnn"), other, DistillPlan(method="kd"))
+    with pytest.raises(ModelError, match="needs a teacher"):
+        Objective(tapped("cnn"), None, DistillPlan(method="kd"))
+    blind = tapped("cnn")
+    blind.embedding_width = None
+    with pytest.raises(ModelError, match="rsd needs"):
+        Objective(tapped("cnn"), blind, DistillPlan(method="rsd"))
+
+
+def test_the_teacher_moves_along(objective):
+    made = objective().to(torch.float64)
+    assert next(made.teacher.parameters()).dtype == torch.float64
+
+
+def test_mixed_precision_keeps_losses_in_float32(objective, batch):
+    made = open_prompts(objective(method="fofa+rsd")).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = made(*batch())
+    losses.total.backward()
+    assert losses.total.dtype == torch.float32
+    assert all(term.dtype == torch.float32 and term.isfinite() for term in losses.terms.values())
+
+
+def test_label_smoothing(objective, batch):
+    images, labels = batch()
+    made = objective(teacher=None, method="none", label_smoothing=0.2).eval()
+    expected = nn.functional.cross_entropy(made.student(images).logits, labels, label_smoothing=0.2)
+    assert torch.allclose(made(images, labels).total, expected)
+
+
+def test_it_learns_and_the_student_exports_alone(objective, batch):
+    made, data = objective(method="fofa+rsd").train(), batch()
+    optimizer = torch.optim.AdamW(made.parameter_groups(3e-3, 0.0))
+    totals = [float(step(made, data, optimizer).total.detach()) for _ in range(8)]
+    assert totals[-1] < 0.8 * totals[0]
+    student = made.student.model.eval()
+    assert torch.allclose(torch.export.export(student, (data[0],)).module()(data[0]), student(data[0]), atol=1e-4)

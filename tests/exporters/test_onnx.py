@@ -1,0 +1,127 @@
+"""What reaches a runtime: only checked, whole, standard ONNX files, and calibration that means something."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fofa_deploy.backend import backend_names, get_backend
+from fofa_deploy.errors import BuildError, DataError, GraphError, IntegrityError
+from fofa_deploy.types import Calibration, Graph, Precision, Recipe
+from fofa_exporters import _onnx
+
+from .conftest import PREPROCESSING, Captured, images, profile_for, stand_in, write_sidecar
+
+INT8 = Recipe(name="int8", precision=Precision.INT8, description="any", needs_calibration=True)
+
+
+def _external(folder: Path) -> Graph:
+    stand_in("cnn", folder)
+    model = onnx.load(folder / "model.onnx")
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
+    return Graph.load(folder)
+
+
+def test_external_data_is_refused(tmp_path: Path):
+    with pytest.raises(GraphError, match="digest does not cover"):
+        _onnx.read(_external(tmp_path))
+
+
+@pytest.mark.parametrize("name", backend_names())
+def test_hard_linked_external_data_is_refused_by_every_back_end(name: str, tmp_path: Path):
+    graph = _external(tmp_path)
+    os.link(tmp_path / "weights.bin", tmp_path / "elsewhere.bin")
+    backend, profile = get_backend(name), profile_for(name)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(GraphError, match="hard link"):
+        backend.recipes(profile, graph)
+        backend.build(graph, Recipe(name="fp32", precision=Precision.FP32, description="any"), None, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_external_data_outside_the_folder_is_refused(tmp_path: Path):
+    (tmp_path / "inner").mkdir()
+    graph = _external(tmp_path / "inner")
+    model = onnx.load(graph.path, load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        entry.value = "../weights.bin" if entry.key == "location" else entry.value
+    os.rename(tmp_path / "inner" / "weights.bin", tmp_path / "weights.bin")
+    graph.path.write_bytes(model.SerializeToString())
+    with pytest.raises(GraphError):
+        _onnx.read(Graph.load(tmp_path / "inner"))
+
+
+@pytest.mark.parametrize("domain", ["com.microsoft", "evil.example"])
+def test_custom_domain_is_refused(domain: str, tmp_path: Path):
+    graph = stand_in("cnn", tmp_path)
+    model = onnx.load(graph.path)
+    model.graph.node[0].domain = domain
+    model.graph.node[0].op_type = "EPContext"
+    model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
+    onnx.save(model, graph.path)
+    with pytest.raises(GraphError, match=domain):
+        _onnx.read(Graph.load(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0a" * 50])
+def test_junk_is_refused(content: bytes, tmp_path: Path):
+    write_sidecar(tmp_path, "junk")
+    (tmp_path / "model.onnx").write_bytes(content)
+    with pytest.raises(GraphError, match=r"model\.onnx"):
+        _onnx.read(Graph.load(tmp_path))
+
+
+def test_altered_graph_is_refused(tmp_path: Path):
+    graph = stand_in("cnn", tmp_path)
+    graph.path.write_bytes(graph.path.read_bytes() + b" ")
+    with pytest.raises(IntegrityError):
+        _onnx.read(graph)
+
+
+def test_other_names_than_the_sidecars_are_refused(tmp_path: Path):
+    graph = stand_in("cnn", tmp_path)
+    renamed = graph.sidecar.input.model_copy(update={"name": "pixels"})
+    with pytest.raises(GraphError, match="pixels"):
+        _onnx.read(graph.model_copy(update={"sidecar": graph.sidecar.model_copy(update={"input": renamed})}))
+
+
+def test_tells_transformers_from_cnns(captured: dict[str, Captured]):
+    assert _onnx.is_transformer(_onnx.read(captured["vit"].graph))
+    assert not _onnx.is_transformer(_onnx.read(captured["cnn"].graph))
+
+
+def test_attention_products_are_not_weighted(captured: dict[str, Captured]):
+    model = _onnx.read(captured["vit"].graph)
+    products = [node for node in model.graph.node if node.op_type in _onnx.WEIGHTED]
+    assert len(products) - len(_onnx.weighted_nodes(model)) == 2 * 2, "two blocks, each with q x k and attention x v"
+
+
+def _calibration(folder: Path, pixels: np.ndarray) -> Calibration:
+    np.save(folder / "images.npy", pixels)
+    return Calibration(images=folder / "images.npy", preprocessing=PREPROCESSING, input_name="images")
+
+
+def test_calibration_is_required():
+    with pytest.raises(BuildError, match="calibration"):
+        _onnx.require_calibration(INT8, None)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_tiny_calibration_is_refused(count: int, tmp_path: Path):
+    with pytest.raises(DataError, match="fewer than"):
+        _onnx.require_calibration(INT8, _calibration(tmp_path, images(max(count, 1), 0)[:count]))
+
+
+def test_constant_calibration_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match="constant"):
+        _onnx.require_calibration(INT8, _calibration(tmp_path, np.zeros((32, 3, 8, 8), np.uint8)))
+
+
+def test_calibration_is_streamed(tmp_path: Path):
+    reader = _onnx.Reader(_calibration(tmp_path, images(20, 0)))
+    sizes = [len(feeds["images"]) for feeds in iter(reader.get_next, None)]
+    assert sizes == [8, 8, 4]

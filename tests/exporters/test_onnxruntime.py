@@ -1,0 +1,144 @@
+"""ONNX Runtime's traps: another provider than the one asked for, int8 in name only, and products that saturate."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fofa_deploy.backend import get_backend
+from fofa_deploy.errors import BackendError, BuildError
+from fofa_deploy.types import Device, HardwareProfile, Precision
+from fofa_exporters import _cpu, onnxruntime
+from fofa_exporters._cpu import Products
+
+from .conftest import Built, Captured, profile_for, run_in_batches
+
+STATIC = "int8-u8s8-per-channel"
+
+
+def _profile(**device: object) -> HardwareProfile:
+    return profile_for("onnxruntime").model_copy(update={"device": Device.model_validate(device)})
+
+
+def _names(profile: HardwareProfile, captured: Captured) -> list[str]:
+    return [recipe.name for recipe in get_backend("onnxruntime").recipes(profile, captured.graph)]
+
+
+def test_missing_provider_is_refused(build: Callable[[str, str, str], Built]):
+    built = build("onnxruntime", "cnn", "fp32")
+    gpu = _profile(kind="gpu", name="cuda:0")
+    if built.backend.probe(gpu).can_run:
+        pytest.skip("this onnxruntime drives CUDA")
+    with pytest.raises(BackendError, match="CUDAExecutionProvider"):
+        built.backend.load(built.artifact, gpu)
+
+
+def test_another_provider_than_asked_for_is_refused(build: Callable[[str, str, str], Built], monkeypatch: pytest.MonkeyPatch):
+    built = build("onnxruntime", "cnn", "fp32")
+    monkeypatch.setattr(onnxruntime.ort, "get_available_providers", lambda: ["AzureExecutionProvider", "Misspelt"])
+    monkeypatch.setattr(onnxruntime.ort, "InferenceSession", lambda *_, **__: _BoundToCpu())
+    with pytest.raises(BackendError, match="bound CPUExecutionProvider and not Misspelt"):
+        onnxruntime.open_session(built.artifact.path, None, "Misspelt")
+
+
+class _BoundToCpu:
+    def get_providers(self) -> list[str]:
+        return ["CPUExecutionProvider"]
+
+
+def test_binds_threads_and_spinning_of_the_profile(build: Callable[[str, str, str], Built]):
+    built = build("onnxruntime", "cnn", "fp32")
+    session = built.backend.load(built.artifact, built.profile)
+    options = session._session.get_session_options()
+    assert options.intra_op_num_threads == 2
+    assert options.inter_op_num_threads == 1
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+def test_cpu_flags_decide_the_recipes(captured: dict[str, Captured]):
+    vnni = _names(_profile(architecture="x86_64", features=["avx512_vnni"]), captured["cnn"])
+    avx2 = _names(_profile(architecture="x86_64", features=["avx2"]), captured["cnn"])
+    arm = _names(_profile(architecture="aarch64", features=["asimddp"]), captured["cnn"])
+    unknown = _names(_profile(architecture="x86_64", host="me@board"), captured["cnn"])
+    assert vnni == arm == [STATIC, "fp32"]
+    assert avx2 == ["int8-u8s7-per-channel", f"{STATIC}-exact", "fp32"]
+    assert unknown == ["int8-u8s7-per-channel", f"{STATIC}-exact", STATIC, "fp32"]
+
+
+def test_reads_this_machines_flags():
+    profile = _profile(architecture="any")
+    assert _cpu.products(profile) is not Products.UNKNOWN
+
+
+def test_int8_artifact_runs_int8_kernels(build: Callable[[str, str, str], Built]):
+    built = next(_static(build, "cnn"))
+    operators = Counter(layer.operator for layer in built.artifact.layers if layer.weighted)
+    assert operators["QLinearConv"] == sum(n.op_type == "Conv" for n in onnx.load(built.captured.graph.path).graph.node)
+    assert "Conv" not in operators
+
+
+def test_transformer_keeps_attention_in_float(build: Callable[[str, str, str], Built]):
+    built = next(_static(build, "vit"))
+    floats = [layer for layer in built.artifact.layers if "MatMul" in layer.operator and layer.precision == Precision.FP32]
+    assert len(floats) == 4
+    assert not any(layer.weighted for layer in floats)
+
+
+def _static(build: Callable[[str, str, str], Built], kind: str):  # noqa: ANN202
+    profile = profile_for("onnxruntime")
+    graph = build("onnxruntime", kind, "fp32").captured.graph
+    for recipe in get_backend("onnxruntime").recipes(profile, graph):
+        if recipe.needs_calibration:
+            yield build("onnxruntime", kind, recipe.name)
+
+
+def test_float_kernels_behind_a_dequantize_count_as_float_and_weighted(tmp_path: Path):
+    """A weight stored in int8 does not make a layer int8: it is the kernel that counts."""
+    tensor = onnx.numpy_helper.from_array
+    weights = [
+        tensor(np.ones((8, 4), np.int8), "stored"),
+        tensor(np.float32(0.1), "scale"),
+    ]
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["stored", "scale"], ["weight"], name="dq"),
+        onnx.helper.make_node("MatMul", ["images", "weight"], ["logits"], name="product"),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(n, 1, ["batch", s]) for n, s in (("images", 8), ("logits", 4))]
+    graph = onnx.helper.make_graph(nodes, "weight-only", ends[:1], ends[1:], weights)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
+    rows = [layer for layer in onnxruntime.layer_table(tmp_path / "m.onnx", onnxruntime.FP32) if layer.weighted]
+    assert [(row.precision, row.weighted) for row in rows] == [(Precision.FP32, True)]
+
+
+def test_saturation_is_real_or_absent(build: Callable[[str, str, str], Built], captured: dict[str, Captured]):
+    """The recipes that a CPU without VNNI is offered are closer to PyTorch than full width on its fast kernels."""
+    profile = profile_for("onnxruntime")
+    if _cpu.products(profile) is not Products.SATURATING:
+        pytest.skip("this CPU adds products in 32 bits")
+    exact = build("onnxruntime", "cnn", f"{STATIC}-exact")
+    fast_recipe = exact.artifact.recipe.model_copy(update={"options": {**exact.artifact.recipe.options, "exact_kernels": False}})
+    fast = exact.artifact.model_copy(update={"recipe": fast_recipe})
+    assert _error(exact, exact.artifact) < _error(exact, fast)
+
+
+def _error(built: Built, artifact: object) -> float:
+    with built.backend.load(artifact, built.profile) as session:
+        found = run_in_batches(session, built.captured.inputs, 8)
+    return float(np.linalg.norm(found - built.captured.logits))
+
+
+def test_wrong_input_is_named(build: Callable[[str, str, str], Built]):
+    built = build("onnxruntime", "cnn", "fp32")
+    with built.backend.load(built.artifact, built.profile) as session, pytest.raises(BuildError, match="while running"):
+        session.run({"images": np.zeros((1, 3, 5), np.float32)})
+
+
+def test_unknown_method_is_refused(captured: dict[str, Captured], tmp_path: Path):
+    recipe = onnxruntime.FP32.model_copy(update={"options": {"method": "magic"}})
+    with pytest.raises(BuildError, match="magic"):
+        get_backend("onnxruntime").build(captured["cnn"].graph, recipe, None, tmp_path)

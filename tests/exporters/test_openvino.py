@@ -1,0 +1,72 @@
+"""OpenVINO's traps: precisions the device does not have, and devices that choose themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import openvino as ov
+import pytest
+
+from fofa_deploy.backend import get_backend
+from fofa_deploy.errors import BackendError, BuildError
+from fofa_deploy.types import Device, HardwareProfile, Precision
+from fofa_exporters import openvino
+
+from .conftest import Built, Captured, profile_for
+
+
+def _has_bf16() -> bool:
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+def _on(name: str) -> HardwareProfile:
+    return profile_for("openvino").model_copy(update={"device": Device(kind="cpu", name=name)})
+
+
+def test_bf16_is_offered_only_where_the_cpu_has_it(captured: dict[str, Captured]):
+    offered = {recipe.precision for recipe in get_backend("openvino").recipes(_on("CPU"), captured["cnn"].graph)}
+    assert (Precision.BF16 in offered) == _has_bf16()
+
+
+@pytest.mark.parametrize("recipe", [openvino.BF16, openvino.FP16], ids=["bf16", "fp16"])
+def test_a_precision_the_cpu_lacks_is_refused(recipe: object, captured: dict[str, Captured], tmp_path: Path):
+    if _has_bf16():
+        pytest.skip("this CPU has bf16")
+    with pytest.raises(BuildError, match="runs f32 where"):
+        get_backend("openvino").build(captured["cnn"].graph, openvino._on(recipe, "CPU"), None, tmp_path)
+
+
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "MULTI:CPU", "HETERO:CPU", "BATCH:CPU", "auto"])
+def test_virtual_devices_are_refused(device: str, build: Callable[[str, str, str], Built]):
+    built = build("openvino", "cnn", "fp32")
+    assert "silently" in built.backend.probe(_on(device)).reason
+    with pytest.raises(BackendError, match="silently"):
+        built.backend.load(built.artifact, _on(device))
+
+
+def test_missing_device_is_refused(build: Callable[[str, str, str], Built]):
+    built = build("openvino", "cnn", "fp32")
+    probe = built.backend.probe(_on("GPU.7"))
+    assert not probe.can_run
+    assert "GPU.7" in probe.reason
+    with pytest.raises(BackendError, match=r"GPU\.7"):
+        built.backend.load(built.artifact, _on("GPU.7"))
+
+
+def test_artifact_is_ir_and_nothing_compiled(build: Callable[[str, str, str], Built]):
+    artifact = build("openvino", "cnn", "int8-nncf").artifact
+    assert [record.path for record in artifact.files] == ["model.xml", "model.bin"]
+
+
+def test_transformer_keeps_fewer_layers_in_float_than_weighted_ones(build: Callable[[str, str, str], Built]):
+    artifact = build("openvino", "vit", "int8-nncf-transformer").artifact
+    assert {layer.precision for layer in artifact.layers if layer.operator == "MVN"} == {Precision.FP32}
+    assert {layer.precision for layer in artifact.layers if layer.operator == "FullyConnected"} == {Precision.INT8}
+
+
+def test_quantizing_is_silent(captured: dict[str, Captured], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    backend, profile = get_backend("openvino"), profile_for("openvino")
+    recipe = backend.recipes(profile, captured["cnn"].graph)[0]
+    backend.build(captured["cnn"].graph, recipe, captured["cnn"].calibration, tmp_path)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,115 @@
+"""TensorRT's traps: engines that are silently fp32, Q/DQ the parser cannot take, and engines from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fofa_deploy.backend import get_backend
+from fofa_deploy.errors import BackendError, BuildError, IntegrityError
+from fofa_deploy.types import Artifact, Precision
+from fofa_exporters import tensorrt
+
+from .conftest import Built, Captured, profile_for
+
+NAME, INT8 = "tensorrt-rtx", "int8-qdq-symmetric"
+
+
+def _types(artifact: Artifact) -> Counter[tuple[str, str]]:
+    return Counter((layer.operator, layer.precision) for layer in artifact.layers)
+
+
+def test_fp16_is_fp16(build: Callable[[str, str, str], Built]):
+    half, full = build(NAME, "cnn", "fp16").artifact, build(NAME, "cnn", "fp32").artifact
+    types = _types(half)
+    assert types["CONVOLUTION", Precision.FP16] == 14
+    assert types["CONVOLUTION", Precision.FP32] == 0
+    assert half.size_bytes < 0.6 * full.size_bytes
+
+
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_int8_has_quantize_and_dequantize_layers(kind: str, build: Callable[[str, str, str], Built]):
+    types = _types(build(NAME, kind, INT8).artifact)
+    weighted = [layer for layer in build(NAME, kind, INT8).artifact.layers if layer.weighted]
+    assert {layer.precision for layer in weighted} == {Precision.INT8}
+    assert types["QUANTIZE", Precision.INT8] >= len(weighted) / 2
+    assert types["DEQUANTIZE", Precision.FP32] >= len(weighted)
+
+
+def test_attention_stays_float(build: Callable[[str, str, str], Built]):
+    layers = build(NAME, "vit", INT8).artifact.layers
+    products = [layer for layer in layers if layer.operator == "MATRIX_MULTIPLY" and not layer.weighted]
+    assert len(products) == 4
+    assert {layer.precision for layer in products} == {Precision.FP32}
+
+
+def test_nothing_is_prepended_to_the_engine(build: Callable[[str, str, str], Built]):
+    artifact = build(NAME, "cnn", "fp16").artifact
+    assert [record.path for record in artifact.files] == ["model.engine"]
+    assert not artifact.path.read_bytes().lstrip().startswith(b"{")
+
+
+def test_profile_sets_the_largest_batch(build: Callable[[str, str, str], Built]):
+    assert build(NAME, "cnn", "fp16").artifact.recipe.options["max_batch"] == 8
+
+
+def test_engine_swapped_after_loading_is_refused(build: Callable[[str, str, str], Built], tmp_path: Path):
+    artifact = build(NAME, "cnn", "fp16").artifact
+    (tmp_path / "model.engine").write_bytes(artifact.path.read_bytes()[:-1] + b"\xff\x00")
+    with pytest.raises(IntegrityError):
+        tensorrt._engine_bytes(artifact.model_copy(update={"folder": tmp_path}))
+
+
+def test_running_without_a_gpu_is_refused(build: Callable[[str, str, str], Built]):
+    built = build(NAME, "cnn", "fp16")
+    if built.backend.probe(built.profile).can_run:
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(BackendError, match="no CUDA device"):
+        built.backend.load(built.artifact, built.profile)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_a_missing_package_is_named_with_its_extra(name: str, monkeypatch: pytest.MonkeyPatch):
+    backend = get_backend(name)
+    monkeypatch.setattr(type(backend), "package", "no_such_package")
+    probe = backend.probe(profile_for(name))
+    assert not probe.can_build
+    assert not probe.can_run
+    assert f"pip install 'fofa-deploy[{name}]'" in probe.reason
+    with pytest.raises(BackendError, match="does not import"):
+        backend.runtime()
+
+
+def test_the_parsers_own_words_reach_the_error(captured: dict[str, Captured]):
+    trt = pytest.importorskip("tensorrt_rtx")
+    import onnx
+
+    model = onnx.load(captured["cnn"].graph.path)
+    model.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(BuildError, match="NoSuchOperator"):
+        tensorrt._build_engine(trt, model, 1)
+
+
+def test_inspector_rows_are_read():
+    """As TensorRT 10 writes them with DETAILED verbosity."""
+    convolution = {
+        "Name": "conv1",
+        "LayerType": "CaskConvolution",
+        "Outputs": [{"Name": "y", "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}],
+        "Weights": {"Type": "Int8", "Count": 9408},
+    }
+    cast = {"Name": "cast", "LayerType": "Reformat", "Outputs": [{"Name": "z", "Format/Datatype": "Row major linear FP16 format"}]}
+    rows = tensorrt.inspector_layers(json.dumps({"Layers": [convolution, cast, "not detailed"]}))
+    assert [(row.operator, row.precision, row.weighted) for row in rows] == [
+        ("CaskConvolution", Precision.INT8, True),
+        ("Reformat", Precision.FP16, False),
+    ]
+
+
+@pytest.mark.parametrize(("name", "ordinal"), [("GPU", 0), ("cuda:0", 0), ("cuda:1", 1), ("GPU.2", 2), ("CPU", 0)])
+def test_device_names_give_an_ordinal(name: str, ordinal: int):
+    assert tensorrt._ordinal(name) == ordinal
