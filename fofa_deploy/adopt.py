@@ -6,13 +6,14 @@ Nothing here needs PyTorch: the model the artifacts are held to is the file itse
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from fofa_deploy.backend import get_backend
+from fofa_deploy.backend import float_recipe, get_backend
 from fofa_deploy.config import DataPlan, LimitsPlan
 from fofa_deploy.data import Split, load_data, preprocessing, write_split
 from fofa_deploy.errors import GraphError
@@ -50,12 +51,10 @@ class Done(Frozen):
 
 def answer(request: Answers) -> Done:
     """Run the float graph on images; in a child process."""
-    import tempfile
-
     graph, backend = Graph.load(request.graph), get_backend(request.profile.runtime)
     images = np.load(request.images, mmap_mode="r", allow_pickle=False)
     with tempfile.TemporaryDirectory() as folder:
-        artifact = backend.build(graph, backend.recipes(request.profile, graph)[0], None, Path(folder))
+        artifact = backend.build(graph, float_recipe(backend, request.profile, graph), None, Path(folder))
         with backend.load(artifact, request.profile) as session:
             np.save(request.out, run_all(session, artifact, images, 8))
     return Done(images=len(images))

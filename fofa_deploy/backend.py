@@ -93,3 +93,17 @@ def get_backend(name: str) -> Backend:
     if not isinstance(backend, Backend) or backend.name != name:
         raise BackendError(f"{points[name].value} is not a back end named {name!r}", "see exporters/README.md for the seam")
     return backend
+
+
+def float_recipe(backend: Backend, profile: HardwareProfile, graph: Graph) -> Recipe:
+    """The back end's fp32 recipe.
+
+    Raises:
+        BackendError: it offers none for this profile.
+    """
+    for recipe in backend.recipes(profile, graph):
+        if recipe.precision is Precision.FP32:
+            return recipe
+    raise BackendError(
+        f"back end {backend.name!r} offers no fp32 recipe for {profile.name}", "allow fp32 in the profile's precisions"
+    )

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from fofa_deploy.errors import PlanError
+from fofa_deploy.profile import is_path
 from fofa_deploy.schema import read_tables, validate
 from fofa_deploy.types import Budget, Fraction, Frozen, Scalar
 
@@ -250,7 +251,7 @@ def _tables(path: Path) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:  # noqa: ANN401 - a TOML value is any scalar, list or table
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return text
 
 
@@ -277,7 +278,14 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
     for table, key in (("data", "root"), ("teacher", "checkpoint"), ("student", "checkpoint")):
         section = data.get(table)
         if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = str(folder / Path(section[key]).expanduser())
+            section[key] = _anchored(section[key], folder)
+    for key in ("targets", "required"):
+        if isinstance(data.get(key), list):
+            data[key] = [_anchored(n, folder) if isinstance(n, str) and is_path(n) else n for n in data[key]]
+
+
+def _anchored(path: str, folder: Path) -> str:
+    return str(folder / Path(path).expanduser())
 
 
 def load_plan(source: str, overrides: Iterable[str] = ()) -> RunPlan:

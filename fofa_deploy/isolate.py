@@ -160,13 +160,13 @@ def _guarded(work: Any, *arguments: Any, **named: Any) -> tuple[dict[str, Any], 
 
 
 def _lines() -> queue.SimpleQueue[bytes]:
-    """Standard input, line by line, from a thread that ends the process when its parent is gone."""
+    """Standard input, line by line, from a thread that ends the process, and what it started, when its parent is gone."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def read() -> None:
         for line in sys.stdin.buffer:
             lines.put(line)
-        os._exit(0)
+        os.killpg(0, signal.SIGKILL)
 
     threading.Thread(target=read, daemon=True).start()
     return lines

@@ -34,7 +34,8 @@ def accuracy_problem(precision: Precision, found: Verification, budget: Accuracy
         return "gives NaN or infinity"
     limit, error = FLOAT_TOLERANCE.get(precision), found.golden.relative_error
     if limit is not None and not (error is not None and error <= limit):
-        return f"relative error {error:.2g} on the golden inputs, {limit:g} is allowed for {precision}"
+        found_error = "unknown" if error is None else format(error, ".2g")
+        return f"relative error {found_error} on the golden inputs, {limit:g} is allowed for {precision}"
     if found.whole is None:
         return _agreement_problem(found.golden, budget)
     if found.whole.top1 is None or expected_top1 is None:

@@ -134,6 +134,7 @@ def measure(
     alike. A candidate that cannot be loaded or dies is returned as its error; the others go on.
     """
     failed: dict[int, FofaError] = {}
+    found: dict[int, Measurement] = {}
     with ExitStack() as stack:
         entrants: dict[int, _Entrant] = {}
         for number, candidate in enumerate(candidates):
@@ -145,7 +146,11 @@ def measure(
                 failed[number] = error
                 entrants.pop(number, None)
         _race(entrants, failed, plan, random.Random(seed), progress)
-        found = {number: _summary(entrant) for number, entrant in entrants.items() if number not in failed}
+        for number in entrants.keys() - failed.keys():
+            try:
+                found[number] = _summary(entrants[number])
+            except FofaError as error:
+                failed[number] = error
     return [found[n] if n in found else failed[n] for n in range(len(candidates))]
 
 

@@ -32,7 +32,7 @@ def find_profile(name_or_path: str) -> HardwareProfile:
     Raises:
         PlanError: no such profile, with the nearest name; or the file's mistakes, all of them.
     """
-    if _is_path(name_or_path):
+    if is_path(name_or_path):
         return read_toml(Path(name_or_path).expanduser(), HardwareProfile)
     installed = _installed()
     if name_or_path not in installed:
@@ -48,7 +48,8 @@ def _load(file: Traversable) -> HardwareProfile:
     return parse_toml(file.read_text(encoding="utf-8"), HardwareProfile, str(file))
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
+    """Whether a profile is named by path; else it is an installed one's name."""
     return name.endswith(SUFFIX) or "/" in name or "\\" in name
 
 

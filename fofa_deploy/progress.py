@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
+
+LINE_SECONDS = 10.0
 
 
 class Task(Protocol):
@@ -47,14 +50,16 @@ class _Bar:
 
 
 class _Lines:
-    """Every tenth of the way, for logs."""
+    """A line every ten seconds, for logs; tasks that are over before say nothing."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
         self._name, self._total, self._done = name, max(total, 1), done
+        self._said = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        before, self._done = self._done, self._done + steps
-        if before * 10 // self._total != self._done * 10 // self._total:
+        self._done += steps
+        if time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
             print(f"  {self._name}: {self._done}/{self._total}  {note}", file=sys.stderr, flush=True)
 
 

@@ -158,7 +158,7 @@ class Store:
         why = self._why(final, key, version, digests)
         if why:
             scratch = self._scratch(stage, key, resumable)
-            if not _read_manifest(scratch):
+            if not _finished(scratch):
                 work(scratch)
                 _write_manifest(scratch, stage, version, key, digests, why, time.monotonic() - started)
             self._publish(scratch, final)
@@ -172,7 +172,7 @@ class Store:
         if manifest is None:
             return "first run"
         if manifest.key != key:
-            changed = [name for name in digests if manifest.inputs.get(name) != digests[name]]
+            changed = [name for name in {**manifest.inputs, **digests} if manifest.inputs.get(name) != digests.get(name)]
             return f"changed: {', '.join(changed)}" if changed else f"stage version {manifest.version} -> {version}"
         altered = [r.path for r in manifest.files if not _intact(final, r)]
         if altered:
@@ -182,7 +182,7 @@ class Store:
 
     def _scratch(self, stage: str, key: str, resumable: bool) -> Path:
         scratch = self.root / ".scratch" / f"{stage.replace('/', '--')}-{key[:16]}"
-        if scratch.exists() and not resumable and not _read_manifest(scratch):
+        if scratch.exists() and not resumable and not _finished(scratch):
             shutil.rmtree(scratch)
         scratch.mkdir(parents=True, exist_ok=True)
         return scratch
@@ -199,6 +199,12 @@ class Store:
 def _intact(folder: Path, record: FileRecord) -> bool:
     path = folder / record.path
     return path.is_file() and path.stat().st_size == record.size_bytes and digest_file(path) == record.sha256
+
+
+def _finished(folder: Path) -> bool:
+    """Whether a scratch folder was killed between its record and its publication, and is still what was recorded."""
+    manifest = _read_manifest(folder)
+    return manifest is not None and all(_intact(folder, record) for record in manifest.files)
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fofa_deploy.backend import Session, get_backend
+from fofa_deploy.backend import Session, float_recipe, get_backend
 from fofa_deploy.errors import BuildError, GraphError
 from fofa_deploy.metrics import Labels, Logits, compare
 from fofa_deploy.results import Comparison
@@ -96,7 +96,7 @@ def check_graph(request: GraphCheck) -> Comparison:
     """
     graph = Graph.load(request.folder)
     backend = get_backend(request.profile.runtime)
-    recipe = backend.recipes(request.profile, graph)[0]
+    recipe = float_recipe(backend, request.profile, graph)
     with tempfile.TemporaryDirectory() as out:
         artifact = backend.build(graph, recipe, None, Path(out))
         with backend.load(artifact, request.profile) as session:

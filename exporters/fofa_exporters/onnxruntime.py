@@ -21,17 +21,18 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from fofa_deploy.errors import BackendError, BuildError
 from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Layer, Precision, Probe, Recipe
-from fofa_exporters import _cpu, _onnx
-from fofa_exporters._cpu import Products
+from fofa_exporters import _device, _onnx
+from fofa_exporters._device import Products
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 REFUSALS: tuple[type[Exception], ...] = (
     state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
     state.NoSuchFile, state.NotImplemented, state.RuntimeException,
 )  # fmt: skip
+BUILD_FAULTS: tuple[type[Exception], ...] = (ValueError, RuntimeError, *REFUSALS)  # the quantizer raises plain ones
 _WEIGHT_INPUT = {
     "Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "Gemm": 1, "FusedGemm": 1, "MatMul": 1, "FusedMatMul": 1,
-    "GemmFloat8": 1, "Attention": 1, "ConvInteger": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1,
+    "MatMulNBits": 1, "Attention": 1, "ConvInteger": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1,
     "QAttention": 1, "QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3,
 }  # fmt: skip
 _INTEGER = frozenset({"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QuantizeLinear", "QGemm"})
@@ -84,13 +85,13 @@ class OnnxRuntimeBackend:
 
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
         model = _onnx.read(graph)
-        main = out / "model.onnx"
+        main, method = out / "model.onnx", str(recipe.options.get("method", "copy"))
+        if method not in _WRITERS:
+            raise BuildError(f"{self.name} knows no method {method!r}", f"use one of {', '.join(_WRITERS)}")
         try:
-            _WRITERS[str(recipe.options.get("method", "copy"))](graph, model, recipe, calibration, main)
+            _WRITERS[method](graph, model, recipe, calibration, main)
             layers = layer_table(main, recipe)
-        except KeyError as error:
-            raise BuildError(f"{self.name} knows no method {error}", f"use one of {', '.join(_WRITERS)}") from error
-        except REFUSALS as error:
+        except BUILD_FAULTS as error:
             raise BuildError(f"onnxruntime refused {recipe.name}: {error}", "try another recipe") from error
         return Artifact.of(out, main, backend=self.name, recipe=recipe, graph=graph, layers=layers, versions=versions())
 
@@ -100,7 +101,7 @@ class OnnxRuntimeBackend:
         options.intra_op_num_threads = profile.execution.thread_count
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(profile.execution.spinning)))
         try:
-            return OnnxRuntimeSession(open_session(artifact.path, options, provider))
+            return OnnxRuntimeSession(open_session(artifact.path, options, provider, profile.device.name))
         except REFUSALS as error:
             raise BackendError(f"onnxruntime cannot load {artifact.path}: {error}", "build the artifact again") from error
 
@@ -134,8 +135,8 @@ _STATIC = {
 
 def _int8(profile: HardwareProfile, transformer: bool) -> list[Recipe]:
     """A transformer quantizes the operands of its constant products only, and may find activation ranges while it runs."""
-    saturating = _cpu.products(profile) is not Products.EXACT
-    static = _STATIC[_cpu.products(profile)]
+    saturating = _device.products(profile) is not Products.EXACT
+    static = _STATIC[_device.products(profile)]
     if not transformer:
         return static
     return [*map(_weighted_only, static), _seven_bit(DYNAMIC) if saturating else DYNAMIC]
@@ -206,7 +207,7 @@ def session_options(recipe: Recipe) -> Any:  # noqa: ANN401 - onnxruntime is unt
     return options
 
 
-def open_session(path: Path, options: Any, provider: str) -> Any:  # noqa: ANN401
+def open_session(path: Path, options: Any, provider: str, device: str = "") -> Any:  # noqa: ANN401
     """An ``InferenceSession`` on ``provider``; onnxruntime itself would fall back to the CPU without an error.
 
     Raises:
@@ -215,7 +216,9 @@ def open_session(path: Path, options: Any, provider: str) -> Any:  # noqa: ANN40
     available = ort.get_available_providers()
     if provider not in available:
         raise BackendError(f"this onnxruntime has no {provider!r}", f"it has {', '.join(available)}: install another build of it")
-    session = ort.InferenceSession(str(path), options, providers=[provider])
+    # TF32 is on by default on CUDA, and then "fp32" multiplies in 19 bits.
+    own = {"device_id": str(_device.ordinal(device)), "use_tf32": "0"} if provider == PROVIDERS["gpu"] else {}
+    session = ort.InferenceSession(str(path), options, providers=[provider], provider_options=[own])
     if session.get_providers()[0] != provider:
         raise BackendError(f"onnxruntime bound {session.get_providers()[0]} and not {provider}", "check the device's driver")
     return session

@@ -19,8 +19,8 @@ import openvino as ov
 
 from fofa_deploy.errors import BackendError, BuildError
 from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Layer, Precision, Probe, Recipe, Scalar
-from fofa_exporters import _cpu, _onnx
-from fofa_exporters._cpu import Products
+from fofa_exporters import _device, _onnx
+from fofa_exporters._device import Products
 
 HINTS = {Precision.FP32: ov.Type.f32, Precision.BF16: ov.Type.bf16, Precision.FP16: ov.Type.f16}
 _PRECISIONS = {"f32": Precision.FP32, "bf16": Precision.BF16, "f16": Precision.FP16, "i8": Precision.INT8, "u8": Precision.INT8}
@@ -107,7 +107,7 @@ def _int8(profile: HardwareProfile, transformer: bool, floats: Sequence[Recipe])
     """NNCF's preset on top of the fastest float the device has, and one with seven-bit weights where products saturate."""
     rest = floats[0].precision if floats else Precision.FP32
     plain = _nncf("int8-nncf-transformer" if transformer else "int8-nncf", rest, transformer=transformer)
-    if profile.device.kind != "cpu" or _cpu.products(profile) is Products.EXACT:
+    if profile.device.kind != "cpu" or _device.products(profile) is Products.EXACT:
         return [plain]
     safe = _nncf(f"{plain.name}-s7", rest, transformer=transformer, seven_bit_weights=True)
     return [safe, plain]  # as fast, and closer to fp32 wherever products saturate
@@ -203,13 +203,16 @@ def _quantize(model: Any, recipe: Recipe, calibration: Calibration) -> Any:  # n
         samples = Samples(calibration)
         every_weight = bool(recipe.options.get("seven_bit_weights"))
         overflow = nncf.OverflowFix.ENABLE if every_weight else nncf.OverflowFix.FIRST_LAYER
-        return nncf.quantize(
-            model,
-            nncf.Dataset(samples),
-            subset_size=len(samples),
-            model_type=nncf.ModelType.TRANSFORMER if recipe.options.get("transformer") else None,
-            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow),
-        )
+        try:
+            return nncf.quantize(
+                model,
+                nncf.Dataset(samples),
+                subset_size=len(samples),
+                model_type=nncf.ModelType.TRANSFORMER if recipe.options.get("transformer") else None,
+                advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow),
+            )
+        except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError) as error:
+            raise BuildError(f"NNCF refused the graph: {error}", "try another recipe") from error
 
 
 @contextmanager

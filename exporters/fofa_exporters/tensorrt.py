@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from fofa_deploy.errors import BackendError, BuildError, IntegrityError
 from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Layer, Precision, Probe, Recipe, Scalar
-from fofa_exporters import _onnx
+from fofa_exporters import _device, _onnx
 
 ENGINE = "model.engine"
 _PRECISIONS = {"FLOAT": Precision.FP32, "HALF": Precision.FP16, "BF16": Precision.BF16, "INT8": Precision.INT8}
@@ -61,7 +61,7 @@ class _Family:
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
         model = _onnx.read(graph)
         trt = self.runtime()
-        typed = _TYPED[recipe.precision](model, recipe, calibration)
+        typed = _typed(model, recipe, calibration)
         engine, layers = _build_engine(trt, typed, int(recipe.options.get("max_batch", 1)))
         main = out / ENGINE
         main.write_bytes(engine)
@@ -140,8 +140,17 @@ def _integer(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | 
         return onnx.load(path)
 
 
-Typing = Callable[[onnx.ModelProto, Recipe, Calibration | None], onnx.ModelProto]
-_TYPED: dict[Precision, Typing] = {Precision.FP32: _as_it_is, Precision.FP16: _half, Precision.INT8: _integer}
+Writer = Callable[[onnx.ModelProto, Recipe, Calibration | None], onnx.ModelProto]
+_TYPED: dict[Precision, Writer] = {Precision.FP32: _as_it_is, Precision.FP16: _half, Precision.INT8: _integer}
+
+
+def _typed(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
+    if recipe.precision not in _TYPED:
+        raise BuildError(f"TensorRT is not built in {recipe.precision} here", f"ask for one of {', '.join(_TYPED)}")
+    try:
+        return _TYPED[recipe.precision](model, recipe, calibration)
+    except (ValueError, RuntimeError) as error:
+        raise BuildError(f"the graph cannot be written in {recipe.precision}: {error}", "try another recipe") from error
 
 
 # --- building -----------------------------------------------------------------------------------------------------
@@ -330,7 +339,7 @@ class TensorRtSession:
         from cuda.bindings import runtime as cuda
 
         self._api: Any = cuda
-        _cuda(cuda.cudaSetDevice(_ordinal(device)))
+        _cuda(cuda.cudaSetDevice(_device.ordinal(device)))
         self._runtime = trt.Runtime(_logger(trt))
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:
@@ -343,7 +352,7 @@ class TensorRtSession:
         self._dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
         self._max_batch = int(self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0])
         self._buffers = {name: self._allocate(name) for name in names}
-        self.device = f"cuda:{_ordinal(device)}"
+        self.device = f"cuda:{_device.ordinal(device)}"
 
     def run(self, feeds: Feeds) -> Feeds:
         """Batches beyond the engine's largest are run in slices."""
@@ -384,9 +393,3 @@ class TensorRtSession:
             _cuda(self._api.cudaFree(address))
         _cuda(self._api.cudaStreamDestroy(self._stream))
         self._buffers, self._context, self._engine = {}, None, None
-
-
-def _ordinal(device: str) -> int:
-    """``cuda:1``, ``GPU.1`` -> 1; a name without a number is device 0."""
-    digits = device.rpartition(".")[2].rpartition(":")[2]
-    return int(digits) if digits.isdigit() else 0

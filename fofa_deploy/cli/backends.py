@@ -8,6 +8,8 @@ import click
 @click.command()
 def command() -> None:
     """List the registered back ends and the precisions they build."""
+    from rich.markup import escape
+
     from fofa_deploy.backend import backend_names, get_backend
     from fofa_deploy.cli.show import table
     from fofa_deploy.errors import BackendError
@@ -17,5 +19,5 @@ def command() -> None:
         try:
             rows.append([name, ", ".join(sorted(get_backend(name).precisions))])
         except BackendError as error:
-            rows.append([name, error.message])
+            rows.append([name, escape(error.message)])
     table("", ("back end", "precisions"), rows)

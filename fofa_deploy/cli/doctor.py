@@ -13,6 +13,8 @@ def command(as_json: bool) -> None:
     """What this machine can build and run for every installed profile, and why not."""
     import json
 
+    from rich.markup import escape
+
     from fofa_deploy import environment
     from fofa_deploy.cli.show import table
     from fofa_deploy.diagnosis import diagnose
@@ -26,7 +28,7 @@ def command(as_json: bool) -> None:
     )
     click.echo(f"features: {', '.join(machine.features) or 'none that decide a kernel'}")
     click.echo(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
-    rows = [[d.profile, d.runtime, _yes(d.probe.can_build), _yes(d.probe.can_run), d.probe.reason] for d in found]
+    rows = [[d.profile, d.runtime, _yes(d.probe.can_build), _yes(d.probe.can_run), escape(d.probe.reason)] for d in found]
     table("", ("profile", "runtime", "builds", "runs", "why not"), rows)
 
 

@@ -11,8 +11,10 @@ import click
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def command(run: Path) -> None:
     """Why each stage of RUN was last run, how long it took, and when."""
+    from rich.markup import escape
+
     from fofa_deploy.cli.show import table
     from fofa_deploy.store import manifests
 
-    rows = [[m.stage, m.finished_at, f"{m.seconds:.1f}", m.why] for m in manifests(run)]
+    rows = [[m.stage, m.finished_at, f"{m.seconds:.1f}", escape(m.why)] for m in manifests(run)]
     table("", ("stage", "finished", "seconds", "why it ran"), rows)

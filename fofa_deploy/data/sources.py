@@ -9,9 +9,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,11 +110,10 @@ class FileSource:
     """A timm data set, decoded on access; every decoder warning, such as a decompression bomb's, is an error."""
 
     def __init__(self, dataset: Any, plan: DataPlan, where: str) -> None:  # noqa: ANN401 - timm's data sets share no class
-        self._dataset, self._plan, self._where = dataset, plan, where
-        samples = getattr(dataset.reader, "samples", None) if hasattr(dataset, "reader") else None
-        self._samples = samples
-        labels = [label for _, label in samples] if samples else [int(dataset[i][1]) for i in range(len(dataset))]
-        self.labels = np.asarray(labels, np.int64)
+        # Past timm's ImageDataset to its reader: it puts the next image in place of a broken one, and clips 16 bits to white.
+        self._items, self._plan, self._where = getattr(dataset, "reader", dataset), plan, where
+        self._samples = getattr(self._items, "samples", None)
+        self.labels = np.asarray(_labels(self._items, len(dataset)), np.int64)
         self.class_names = plan.class_names or _class_names(dataset, self.labels)
         self.digest = digest([[str(self.name(i)), int(label)] for i, label in enumerate(self.labels)])
 
@@ -125,11 +125,18 @@ class FileSource:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return to_pixels(self._dataset[index][0], self._plan, box)
+                return self._pixels(index, box)
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombWarning) as error:
             raise DataError(f"{self.name(index)} cannot be decoded: {error}", "replace or remove the file") from error
         except Image.DecompressionBombError as error:
             raise DataError(f"{self.name(index)} is too large: {error}", "replace or remove the file") from error
+
+    def _pixels(self, index: int, box: Sequence[float]) -> Pixels:
+        found = self._items[index][0]
+        if isinstance(found, Image.Image):
+            return to_pixels(found, self._plan, box)
+        with found as stream, Image.open(stream) as image:
+            return to_pixels(image, self._plan, box)
 
     def name(self, index: int) -> str:
         if self._samples is None:
@@ -138,6 +145,14 @@ class FileSource:
         path = Path(str(getattr(first, "name", first)))
         size = path.stat().st_size if path.is_file() else 0
         return f"{path} ({size} bytes)" if size else str(path)
+
+
+def _labels(items: Any, count: int) -> Sequence[int]:  # noqa: ANN401
+    """Without decoding an image, where the data set lets us."""
+    if hasattr(items, "targets"):
+        targets: Sequence[int] = items.targets
+        return targets
+    return [label for _, label in items.samples] if hasattr(items, "samples") else [int(items[i][1]) for i in range(count)]
 
 
 def _class_names(dataset: Any, labels: Indices) -> tuple[str, ...]:  # noqa: ANN401
@@ -170,7 +185,7 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
         raise DataError(f"{folder / stem}[.gz] does not exist", "point data.root at a folder of IDX files, as MNIST's")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}", "download it again") from error
     header = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
@@ -187,6 +202,8 @@ def _idx(plan: DataPlan) -> tuple[Source, Source]:
         labels = _read_idx(folder, f"{prefix}-labels-idx1-ubyte", 1).astype(np.int64)
         if len(raw) != len(labels):
             raise DataError(f"{folder}: {len(raw)} images but {len(labels)} labels in {prefix}", "download the set again")
+        if not len(raw):
+            raise DataError(f"{folder}: there are no images in {prefix}", "download the set again")
         names = plan.class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
         parts.append(ArraySource(raw, labels, names, plan, f"{folder}/{prefix}"))
     return parts[0], parts[1]
@@ -205,10 +222,8 @@ class _ImageFiles:
         self.samples = [(path, 0) for path in files]
         self.class_to_idx = {name: number for number, name in enumerate(names)}
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image = Image.open(self.samples[index][0])
-        image.load()
-        return image, 0
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        return self.samples[index][0].open("rb"), 0
 
 
 def _images(plan: DataPlan) -> tuple[Source, Source]:

@@ -24,7 +24,6 @@ MODELS = {
     "coat": ("coat_lite_tiny", 64, {"img_size": 64}),
     "hiera": ("hiera_tiny_224", 64, {"img_size": 64, "stages": (1, 1, 2, 1)}),
     "pit": ("pit_ti_224", 64, {"img_size": 64, "depth": (1, 1, 1)}),
-    "crossvit": ("crossvit_tiny_240", 64, {}),
     "pvt": ("pvt_v2_b0", 32, {}),
 }
 WIDTHS = {"width": 16, "heads": 2, "regions": 4}

@@ -14,7 +14,7 @@ from fofa_deploy.distill.taps import evenly, tap
 from fofa_deploy.errors import ModelError
 
 CLASSES = 5
-KINDS = ["cnn", "coat", "crossvit", "distilled", "hiera", "levit", "mixer", "mobilevit", "pit", "pvt", "swin", "vit"]
+KINDS = ["cnn", "coat", "distilled", "hiera", "levit", "mixer", "mobilevit", "pit", "pvt", "swin", "vit"]
 
 
 def distance(left, right):

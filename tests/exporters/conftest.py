@@ -26,7 +26,7 @@ PREPROCESSING = Preprocessing(image_size=(SIZE, SIZE), channels=3, mean=(0.5,) *
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, what calibrates it, and 64 inputs (B,3,32,32) with PyTorch's logits (B,10)."""
+    """A graph, what calibrates it, and inputs (24,3,32,32) with PyTorch's logits (24,10)."""
 
     graph: Graph
     calibration: Calibration
@@ -53,7 +53,7 @@ def images(count: int, seed: int) -> NDArray[np.uint8]:
 
 
 def _cnn() -> nn.Module:
-    return timm.create_model("resnet10t", num_classes=CLASSES)
+    return timm.create_model("test_resnet", num_classes=CLASSES)
 
 
 def _vit() -> nn.Module:
@@ -106,7 +106,7 @@ def _capture(make: Callable[[], nn.Module], folder: Path) -> Captured:
     write_sidecar(folder, folder.name)
     np.save(folder / "calibration.npy", images(64, 3))
     calibration = Calibration(images=folder / "calibration.npy", preprocessing=PREPROCESSING, input_name="images")
-    inputs = PREPROCESSING.apply(images(64, 4))
+    inputs = PREPROCESSING.apply(images(24, 4))
     with torch.no_grad():
         logits = model(torch.from_numpy(inputs)).numpy()
     return Captured(Graph.load(folder), calibration, inputs, logits)

@@ -73,7 +73,7 @@ def test_a_probe_that_says_no_says_why(name: str):
 @pytest.mark.parametrize("name", backend_names())
 def test_refuses_a_device_it_cannot_drive(name: str):
     profile = profile_for(name)
-    npu = profile.model_copy(update={"device": profile.device.model_copy(update={"kind": "npu", "name": "NPU"})})
+    npu = profile.model_copy(update={"device": profile.device.model_copy(update={"kind": "npu", "name": "NPU.99"})})
     probe = get_backend(name).probe(npu)
     assert not probe.can_run
     assert probe.reason
@@ -111,10 +111,9 @@ def test_altered_byte_is_refused(built: Built, tmp_path: Path):
 @pytest.mark.parametrize("batch", BATCHES)
 def test_agrees_with_pytorch(built: Built, session: Session, batch: int):
     precision = built.artifact.recipe.precision
-    count = batch if built.backend.name == "reference" else 64  # numpy convolves slowly
-    expected = built.captured.logits[:count]
+    expected = built.captured.logits
     with session:
-        found = run_in_batches(session, built.captured.inputs[:count], batch)
+        found = run_in_batches(session, built.captured.inputs, batch)
     assert found.shape == expected.shape
     assert found.dtype == np.float32
     assert _cosine(found, expected) >= COSINE[precision]

@@ -37,8 +37,9 @@ def test_hard_linked_external_data_is_refused_by_every_back_end(name: str, tmp_p
     os.link(tmp_path / "weights.bin", tmp_path / "elsewhere.bin")
     backend, profile = get_backend(name), profile_for(name)
     (tmp_path / "out").mkdir()
+    if not backend.probe(profile).can_build:
+        pytest.skip(backend.probe(profile).reason)
     with pytest.raises(GraphError, match="hard link"):
-        backend.recipes(profile, graph)
         backend.build(graph, Recipe(name="fp32", precision=Precision.FP32, description="any"), None, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
@@ -49,7 +50,7 @@ def test_external_data_outside_the_folder_is_refused(tmp_path: Path):
     model = onnx.load(graph.path, load_external_data=False)
     for entry in model.graph.initializer[0].external_data:
         entry.value = "../weights.bin" if entry.key == "location" else entry.value
-    os.rename(tmp_path / "inner" / "weights.bin", tmp_path / "weights.bin")
+    (tmp_path / "inner" / "weights.bin").rename(tmp_path / "weights.bin")
     graph.path.write_bytes(model.SerializeToString())
     with pytest.raises(GraphError):
         _onnx.read(Graph.load(tmp_path / "inner"))

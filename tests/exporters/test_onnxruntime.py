@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ import pytest
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, BuildError
 from fofa_deploy.types import Device, HardwareProfile, Precision
-from fofa_exporters import _cpu, onnxruntime
-from fofa_exporters._cpu import Products
+from fofa_exporters import _device, onnxruntime
+from fofa_exporters._device import Products
 
 from .conftest import Built, Captured, profile_for, run_in_batches
 
@@ -72,7 +72,7 @@ def test_cpu_flags_decide_the_recipes(captured: dict[str, Captured]):
 
 def test_reads_this_machines_flags():
     profile = _profile(architecture="any")
-    assert _cpu.products(profile) is not Products.UNKNOWN
+    assert _device.products(profile) is not Products.UNKNOWN
 
 
 def test_int8_artifact_runs_int8_kernels(build: Callable[[str, str, str], Built]):
@@ -89,7 +89,7 @@ def test_transformer_keeps_attention_in_float(build: Callable[[str, str, str], B
     assert not any(layer.weighted for layer in floats)
 
 
-def _static(build: Callable[[str, str, str], Built], kind: str):  # noqa: ANN202
+def _static(build: Callable[[str, str, str], Built], kind: str) -> Iterator[Built]:
     profile = profile_for("onnxruntime")
     graph = build("onnxruntime", kind, "fp32").captured.graph
     for recipe in get_backend("onnxruntime").recipes(profile, graph):
@@ -111,14 +111,14 @@ def test_float_kernels_behind_a_dequantize_count_as_float_and_weighted(tmp_path:
     ends = [onnx.helper.make_tensor_value_info(n, 1, ["batch", s]) for n, s in (("images", 8), ("logits", 4))]
     graph = onnx.helper.make_graph(nodes, "weight-only", ends[:1], ends[1:], weights)
     onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10), tmp_path / "m.onnx")
-    rows = [layer for layer in onnxruntime.layer_table(tmp_path / "m.onnx", onnxruntime.FP32) if layer.weighted]
+    rows = onnxruntime.layer_table(tmp_path / "m.onnx", onnxruntime.FP32)
     assert [(row.precision, row.weighted) for row in rows] == [(Precision.FP32, True)]
 
 
 def test_saturation_is_real_or_absent(build: Callable[[str, str, str], Built], captured: dict[str, Captured]):
     """The recipes that a CPU without VNNI is offered are closer to PyTorch than full width on its fast kernels."""
     profile = profile_for("onnxruntime")
-    if _cpu.products(profile) is not Products.SATURATING:
+    if _device.products(profile) is not Products.SATURATING:
         pytest.skip("this CPU adds products in 32 bits")
     exact = build("onnxruntime", "cnn", f"{STATIC}-exact")
     fast_recipe = exact.artifact.recipe.model_copy(update={"options": {**exact.artifact.recipe.options, "exact_kernels": False}})

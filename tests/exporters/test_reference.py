@@ -11,7 +11,7 @@ from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BuildError
 from fofa_deploy.types import Precision
 
-from .conftest import Built, Captured
+from .conftest import Built, Captured, profile_for
 
 
 def test_artifact_is_a_copy_of_the_graph(build: Callable[[str, str, str], Built]):
@@ -21,12 +21,6 @@ def test_artifact_is_a_copy_of_the_graph(build: Callable[[str, str, str], Built]
 
 def test_int8_is_refused(captured: dict[str, Captured], tmp_path: Path):
     backend = get_backend("reference")
-    recipe = backend.recipes(_any_profile(), captured["cnn"].graph)[0].model_copy(update={"precision": Precision.INT8})
+    recipe = backend.recipes(profile_for("reference"), captured["cnn"].graph)[0].model_copy(update={"precision": Precision.INT8})
     with pytest.raises(BuildError, match="int8"):
         backend.build(captured["cnn"].graph, recipe, captured["cnn"].calibration, tmp_path)
-
-
-def _any_profile():  # noqa: ANN202
-    from .conftest import profile_for
-
-    return profile_for("reference")

@@ -1,4 +1,4 @@
-"""Which int8 instructions a profile's CPU multiplies with."""
+"""What a profile's device tells a back end: which int8 instructions its CPU has, which GPU is meant."""
 
 from __future__ import annotations
 
@@ -36,3 +36,9 @@ def _local_flags() -> set[str]:
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
+
+
+def ordinal(name: str) -> int:
+    """``cuda:1``, ``GPU.1`` -> 1; a name without a number is device 0."""
+    digits = name.rpartition(".")[2].rpartition(":")[2]
+    return int(digits) if digits.isdigit() else 0
