@@ -50,7 +50,9 @@ class DataPlan(Frozen):
     @field_validator("image_size", mode="before")
     @classmethod
     def _square(cls, value: object) -> object:
-        return (value, value) if isinstance(value, int) else value
+        if isinstance(value, int):
+            return value, value
+        return tuple(value) if isinstance(value, list) else value  # strict mode takes no list from Python
 
     @model_validator(mode="after")
     def _one_per_channel(self) -> Self:

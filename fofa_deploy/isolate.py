@@ -69,7 +69,15 @@ class Child:
         self.close()
 
     def close(self) -> None:
-        self._kill()
+        """End the child and whatever it started; a second call does nothing."""
+        if self._answers.closed:
+            return
+        assert self._process.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
         self._answers.close()
         self._log.close()
 
@@ -80,7 +88,7 @@ class Child:
             self._process.stdin.flush()
             reply = self._read_reply()
         except BaseException:
-            self._kill()
+            self.close()
             raise
         if "error" in reply:
             self.close()
@@ -106,14 +114,6 @@ class Child:
         tail = self._log.read().decode(errors="replace").strip()
         how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return f"{how}{': ' + tail if tail else ''}"
-
-    def _kill(self) -> None:
-        if self._process.stdin and not self._process.stdin.closed:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
 
 
 def run_isolated(target: str, request: BaseModel, returns: type[M], *, seconds: float, memory_bytes: int | None = None) -> M:
@@ -162,9 +162,10 @@ def _guarded(work: Any, *arguments: Any, **named: Any) -> tuple[dict[str, Any], 
 def _lines() -> queue.SimpleQueue[bytes]:
     """Standard input, line by line, from a thread that ends the process, and what it started, when its parent is gone."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    stdin = open(0, "rb", closefd=False)  # noqa: PTH123, SIM115 - sys.stdin's lock would abort the interpreter's shutdown
 
     def read() -> None:
-        for line in sys.stdin.buffer:
+        for line in stdin:
             lines.put(line)
         os.killpg(0, signal.SIGKILL)
 

@@ -128,28 +128,32 @@ class Run:
     @cached_property
     def expected(self) -> Path:
         """The student's own logits in PyTorch on the validation and test images: what artifacts are held to."""
+        return self._expected("expected", self.plan.student, self.student)
+
+    def _expected(self, stage: str, plan: ModelPlan, folder: Path) -> Path:
         splits = {name: getattr(self.data, name).head(self.plan.verify.samples) for name in ("validation", "test")}
-        inputs = {"weights": self.student / WEIGHTS, "student": self.plan.student, "splits": self.splits}
+        inputs = {"weights": folder / WEIGHTS, "model": plan, "splits": self.splits}
 
         def work(out: Path) -> None:
-            self.progress.say("run the student in PyTorch")
-            write_expected(self.workshop.load(self.plan.student, self.student), splits, preprocessing(self.plan.data), out)
+            self.progress.say(f"run {plan.model} in PyTorch")
+            write_expected(self.workshop.load(plan, folder), splits, preprocessing(self.plan.data), out)
 
-        return self.store.run("expected", inputs, work)
+        return self.store.run(stage, inputs, work)
 
     @cached_property
     def reference(self) -> tuple[TargetRow, Candidate]:
-        """The model to beat: the teacher, or where there is none the student itself, fp32 on ONNX Runtime."""
+        """The model to beat, as an artifact: the teacher, or where there is none the student itself, fp32 on ONNX Runtime."""
         plan, folder = self.teacher or (self.plan.student, self.student)
-        graph = self._capture("reference", plan, folder) if self.teacher else self.graph
+        graph = self._capture("reference/graph", plan, folder) if self.teacher else self.graph
+        expected = self._expected("reference/expected", plan, folder) if self.teacher else self.expected
+        evidence = Evidence(graph / "golden.npz", self.splits, expected, self.plan.data.labelled)
         profile = find_profile(REFERENCE).model_copy(update={"name": "reference"})
-        tuner = Tuner(self.store, graph, Evidence(graph / "golden.npz"), None, self._settings("fp32"), self.progress)
+        tuner = Tuner(self.store, graph, evidence, None, self._settings("fp32"), self.progress)
         row = tuner.attempt(profile)[0]
         if row.status is not Status.VERIFIED:
             raise BackendError(f"the reference does not run on ONNX Runtime: {row.reason}", "run fofa-deploy doctor")
-        summary = read_summary(folder)
-        facts = {"top1": summary.top1, "top5": summary.top5, "description": f"{plan.model}, fp32 on ONNX Runtime"}
-        return row.model_copy(update=facts), tuner.candidate(profile, row)
+        description = f"{plan.model}, fp32 on ONNX Runtime"
+        return tuner.tested(profile, row.model_copy(update={"description": description})), tuner.candidate(profile, row)
 
     def tuner(self, recipe: str | None = None, fresh: bool = False, timed: bool = True) -> Tuner:
         """For all recipes or one; ``fresh`` verifies again; without ``timed`` there is no reference to race against."""

@@ -17,7 +17,7 @@ from fofa_deploy import environment
 from fofa_deploy.backend import get_backend
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
 from fofa_deploy.diagnosis import probe
-from fofa_deploy.errors import BackendError, ChildError, FofaError, GraphError, StageError, UnavailableError
+from fofa_deploy.errors import DataError, FofaError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.judge import accuracy_problem, budget_problem, precision_problem
 from fofa_deploy.measure import Candidate, measure
@@ -159,7 +159,7 @@ class Tuner:
             if not probe.can_run:
                 return self._row(profile, recipe, Status.BUILT_NOT_RUN, probe.reason, artifact)
             found = self._verify(profile, artifact, "validation")
-        except (StageError, GraphError, BackendError) as error:
+        except (StageError, UserError, UnavailableError) as error:
             return self._row(profile, recipe, Status.FAILED, _first_line(error))
         reason = accuracy_problem(recipe.precision, found, self._settings.accuracy, self._expected_top1)
         status = Status.REJECTED if reason else Status.VERIFIED
@@ -187,7 +187,7 @@ class Tuner:
         if not recipe.needs_calibration:
             return None
         if self._calibration is None:
-            raise ChildError(f"recipe {recipe.name} needs calibration images", "give some with --calibration")
+            raise DataError(f"recipe {recipe.name} needs calibration images", "give real images with --images")
         sidecar = self._graph.sidecar
         images = self._calibration / "images.npy"
         return Calibration(images=images, preprocessing=sidecar.preprocessing, input_name=sidecar.input.name)
@@ -268,9 +268,8 @@ class Tuner:
         best = min((r for r in judged if r.status is Status.VERIFIED and r.latency_ms), key=_p50, default=None)
         if best is None:
             return judged
-        artifact = Artifact.load(self._store.root / str(best.artifact))
-        extra = {**self._test(profile, artifact), **self._sweep(profile, best)}
-        chosen = best.model_copy(update={"chosen": True, "reason": _why(best, judged), **extra})
+        facts = {"chosen": True, "reason": _why(best, judged), "other_batches": self._sweep(profile, best)}
+        chosen = self.tested(profile, best).model_copy(update=facts)
         return [chosen if row.recipe == best.recipe else row for row in judged]
 
     def _inside_budget(self, profile: HardwareProfile, row: TargetRow) -> TargetRow:
@@ -281,18 +280,19 @@ class Tuner:
                 return row.model_copy(update={"status": Status.REJECTED, "reason": f"{problem} ({owner})"})
         return row
 
-    def _test(self, profile: HardwareProfile, artifact: Artifact) -> dict[str, float | None]:
+    def tested(self, profile: HardwareProfile, row: TargetRow) -> TargetRow:
+        """The row with its artifact's accuracy on the test split, where there is one."""
         if self._evidence.split("test") is None:
-            return {}
-        found = self._verify(profile, artifact, "test").whole
-        return {"top1": found.top1, "top5": found.top5, "agreement": found.agreement} if found else {}
+            return row
+        found = self._verify(profile, Artifact.load(self._store.root / str(row.artifact)), "test").whole
+        return row.model_copy(update={"top1": found.top1, "top5": found.top5, "agreement": found.agreement}) if found else row
 
-    def _sweep(self, profile: HardwareProfile, row: TargetRow) -> dict[str, tuple[Measurement, ...]]:
+    def _sweep(self, profile: HardwareProfile, row: TargetRow) -> tuple[Measurement, ...]:
         """The chosen artifact at the profile's other batch sizes."""
         settings = self._settings
         candidates = [self.candidate(profile, row, batch) for batch in profile.execution.batch_sizes[1:]]
         found = measure(candidates, settings.measure, settings.limits, settings.seed, self._progress) if candidates else []
-        return {"other_batches": tuple(m for m in found if isinstance(m, Measurement))}
+        return tuple(m for m in found if isinstance(m, Measurement))
 
     def _row(
         self,

@@ -15,6 +15,8 @@ from fofa_deploy.progress import Progress, Quiet, Terminal
 if TYPE_CHECKING:
     from fofa_deploy.results import Measurement, RunReport, TargetRow
 
+LOG_WIDTH = 180
+
 _COLOURS = {"verified": "green", "built-not-run": "cyan", "rejected": "yellow", "failed": "red", "skipped": "dim"}
 
 
@@ -26,10 +28,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """Print a table; cells may hold rich markup, so what comes from outside has been escaped."""
     view = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
-        view.add_column(column, overflow="fold", ratio=2 if number == len(columns) - 1 else None)
+        view.add_column(column, overflow="fold", no_wrap=number < len(columns) - 1)
     for row in rows:
         view.add_row(*row)
-    Console(highlight=False).print(view)
+    console().print(view)
+
+
+def console() -> Console:
+    """Standard output; a pipe or a log file has no width of its own and gets enough for a table."""
+    found = Console(highlight=False)
+    return found if found.is_terminal else Console(highlight=False, width=LOG_WIDTH)
 
 
 def target_rows(rows: Sequence[TargetRow]) -> None:
@@ -69,10 +77,10 @@ def _measurement_cells(name: str, found: Measurement) -> list[str]:
 def outcome(report: RunReport, out: Path) -> None:
     """The end of a run: what became of every target, and where to read on."""
     target_rows(report.targets)
-    console = Console(highlight=False)
+    screen = console()
     if report.reference and report.reference.latency_ms:
         name = report.teacher.model if report.teacher else report.student.model
-        console.print(f"reference: {name}, fp32 on ONNX Runtime, p50 {report.reference.latency_ms.p50:.3f} ms", markup=False)
+        screen.print(f"reference: {name}, fp32 on ONNX Runtime, p50 {report.reference.latency_ms.p50:.3f} ms", markup=False)
     for notice in report.notices:
-        console.print(f"notice: {notice}", markup=False)
-    console.print(f"report: {(out / 'report.html').absolute()}", markup=False, soft_wrap=True)
+        screen.print(f"notice: {notice}", markup=False)
+    screen.print(f"report: {(out / 'report.html').absolute()}", markup=False, soft_wrap=True)

@@ -1,0 +1,400 @@
+"""Data: splits that stay apart, randomness that nothing but its seed can change, broken files that are all named."""
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fofa_deploy.config import DataPlan
+from fofa_deploy.data import augmented, epoch_batches, eval_batches, load_data, preprocessing, scan, write_split
+from fofa_deploy.data.batches import uniform
+from fofa_deploy.data.sources import check_labels
+from fofa_deploy.data.splits import Split, stratified
+from fofa_deploy.errors import DataError
+from fofa_deploy.inference import Normalize
+from fofa_deploy.progress import Quiet
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Source:
+    """Labels, and images that are constants."""
+
+    digest = "d"
+
+    def __init__(self, labels, classes: int) -> None:
+        self.labels = np.asarray(labels, np.int64)
+        self.class_names = tuple(str(i) for i in range(classes))
+
+    def images(self, indices, boxes=None):
+        return np.broadcast_to(indices.astype(np.uint8)[:, None, None, None], (len(indices), 1, 8, 8))
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_data(digits_plan(), seed=0)
+
+
+def digits_plan(**options) -> DataPlan:
+    return DataPlan(name="digits", image_size=(8, 8), channels=1, **options)
+
+
+# --- splits
+
+
+def test_splits_do_not_overlap(digits):
+    train, validation = set(digits.train.indices), set(digits.validation.indices)
+    assert not train & validation
+    assert len(train) + len(validation) == len(digits.train.source.labels)
+    assert digits.train.source is not digits.test.source
+    assert sorted(digits.test.indices) == list(range(len(digits.test.source.labels)))
+
+
+def test_every_prefix_is_class_balanced(digits):
+    for split in (digits.train, digits.validation, digits.test):
+        counts = np.bincount(split.head(100).labels, minlength=10)
+        assert counts.min() >= 8
+        assert counts.max() <= 12
+
+
+def test_the_seed_alone_decides_the_split():
+    labels = np.arange(200) % 4
+    first, again, other = (stratified(labels, 0.25, seed) for seed in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not np.array_equal(first[1], other[1])
+    assert len(first[1]) == 50
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.999])
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_neither_side_of_a_split_is_empty(fraction, count):
+    rest, held_out = stratified(np.zeros(count, np.int64), fraction, 0)
+    assert len(rest) >= 1
+    assert len(held_out) >= 1
+    assert len(rest) + len(held_out) == count
+
+
+def test_a_limit_is_class_balanced_and_leaves_validation_alone(digits):
+    limited = load_data(digits_plan(limit=50), seed=0)
+    assert np.bincount(limited.train.labels, minlength=10).tolist() == pytest.approx([5] * 10, abs=1)
+    assert np.array_equal(limited.validation.indices, digits.validation.indices)
+
+
+def test_the_digest_tells_data_apart(digits):
+    assert load_data(digits_plan(), seed=0).digest == digits.digest
+    assert load_data(digits_plan(), seed=1).digest != digits.digest
+    assert load_data(digits_plan(limit=50), seed=0).digest != digits.digest
+
+
+# --- randomness
+
+
+def test_uniform_does_not_depend_on_order_or_batch_size():
+    indices = np.arange(1000)
+    whole = uniform(3, 5, indices, 4)
+    order = np.random.default_rng(0).permutation(1000)
+    assert np.array_equal(uniform(3, 5, order, 4), whole[order])
+    assert np.array_equal(np.concatenate([uniform(3, 5, part, 4) for part in np.split(indices, 10)]), whole)
+    assert np.array_equal(uniform(3, 5, indices, 2), whole[:, :2])
+
+
+def test_uniform_depends_on_seed_epoch_and_index():
+    one = uniform(0, 0, np.arange(100), 3)
+    for other in (uniform(1, 0, np.arange(100), 3), uniform(0, 1, np.arange(100), 3), uniform(0, 0, np.arange(100, 200), 3)):
+        assert not np.intersect1d(one, other).size
+
+
+def test_uniform_is_uniform():
+    values = uniform(0, 0, np.arange(20_000), 3)
+    assert values.min() >= 0
+    assert values.max() < 1
+    assert np.abs(np.histogram(values, 10, (0, 1))[0] / 6000 - 1).max() < 0.06  # four sigma is 0.05
+    assert np.abs(np.corrcoef(values.T) - np.eye(3)).max() < 0.03
+
+
+def test_augmentation_does_not_depend_on_the_order_of_visit(digits):
+    plan = digits_plan(shift=2, flip=True, scale=0.5)
+    order = np.random.default_rng(0).permutation(64)
+    whole = augmented(digits.train, np.arange(64), plan, seed=1, epoch=2)
+    assert np.array_equal(augmented(digits.train, order, plan, 1, 2), whole[order])
+    single = [augmented(digits.train, np.asarray([i]), plan, 1, 2)[0] for i in range(64)]
+    assert np.array_equal(np.stack(single), whole)
+    assert not np.array_equal(augmented(digits.train, np.arange(64), plan, 1, 3), whole)
+
+
+def test_each_augmentation_does_what_it_says(digits):
+    first, plain = np.arange(64), digits.train.source.images(digits.train.indices[:64])
+    assert np.array_equal(augmented(digits.train, first, digits_plan(), 0, 0), plain)
+    flipped = augmented(digits.train, first, digits_plan(flip=True), 0, 0)
+    mirrored = [np.array_equal(new, old[..., ::-1]) for new, old in zip(flipped, plain, strict=True)]
+    assert all(m or np.array_equal(new, old) for m, new, old in zip(mirrored, flipped, plain, strict=True))
+    assert 16 < sum(mirrored) < 48
+    shifted = augmented(digits.train, first, digits_plan(shift=1), 0, 0)
+    padded = np.pad(plain, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="edge")
+    for new, old in zip(shifted, padded, strict=True):
+        assert any(np.array_equal(new, old[:, y : y + 8, x : x + 8]) for y in range(3) for x in range(3))
+
+
+def test_an_epoch_visits_every_image_once_in_a_seeded_order():
+    batches = epoch_batches(103, 10, seed=0, epoch=0)
+    assert sorted(np.concatenate(batches)) == list(range(103))
+    assert [len(batch) for batch in batches] == [10] * 10 + [3]
+    assert np.array_equal(np.concatenate(batches), np.concatenate(epoch_batches(103, 50, 0, 0)))
+    assert not np.array_equal(np.concatenate(batches), np.concatenate(epoch_batches(103, 10, 0, 1)))
+
+
+def test_a_last_batch_of_one_joins_the_one_before():
+    assert [len(batch) for batch in epoch_batches(21, 10, 0, 0)] == [10, 11]
+    assert [len(batch) for batch in epoch_batches(1, 10, 0, 0)] == [1]
+
+
+def test_evaluation_keeps_the_order_and_every_image(digits):
+    pairs = list(eval_batches(digits.validation, 50))
+    assert np.array_equal(np.concatenate([labels for _, labels in pairs]), digits.validation.labels)
+    assert [len(images) for images, _ in pairs[:-1]] == [50] * (len(pairs) - 1)
+    assert 0 < len(pairs[-1][0]) <= 50
+
+
+# --- labels
+
+
+@pytest.mark.parametrize("bad", [-100, -1, 3, 255])
+def test_a_label_out_of_range_is_named_with_its_place(bad):
+    with pytest.raises(DataError, match=f"image 2 has label {bad}, but there are 3 classes") as caught:
+        check_labels(Source([0, 1, bad, 2, bad], 3))
+    assert "(2 such labels)" in caught.value.message
+
+
+def test_a_split_without_images_is_refused():
+    with pytest.raises(DataError, match="no images"):
+        check_labels(Source([], 3))
+
+
+# --- IDX files
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path):
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 60), ("t10k", 20)):
+        (tmp_path / f"{prefix}-images-idx3-ubyte").write_bytes(idx(rng.integers(0, 256, (count, 8, 8))))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(count) % 5)))
+    return tmp_path
+
+
+def mnist_plan(folder: Path, **options) -> DataPlan:
+    return DataPlan(name="idx", root=folder, image_size=(8, 8), channels=1, **options)
+
+
+def test_idx_files_are_read_plain_and_gzipped(mnist):
+    data = load_data(mnist_plan(mnist), 0)
+    assert (len(data.train) + len(data.validation), len(data.test), data.class_names) == (60, 20, tuple("01234"))
+    raw = np.frombuffer((mnist / "train-images-idx3-ubyte").read_bytes()[16:], np.uint8).reshape(60, 1, 8, 8)
+    assert np.array_equal(data.train.source.images(np.arange(60)), raw)
+    assert np.array_equal(data.train.source.labels, np.arange(60) % 5)
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-3]
+
+
+def flip_middle(content: bytes) -> bytes:
+    return content[:20] + bytes(byte ^ 0xFF for byte in content[20:])
+
+
+@pytest.mark.parametrize("damage", [cut, flip_middle, lambda _: b"", lambda _: b"\0\0\x08\x03", lambda c: b"\x1f\x8b" + c])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte.gz"])
+def test_a_damaged_idx_file_is_named(mnist, name, damage):
+    before = (mnist / name).read_bytes()
+    (mnist / name).write_bytes(damage(before))
+    if damage is flip_middle and not name.endswith(".gz"):
+        load_data(mnist_plan(mnist), 0)  # other pixels are still pixels
+        return
+    with pytest.raises(DataError, match=name):
+        load_data(mnist_plan(mnist), 0)
+
+
+def test_missing_empty_and_unequal_idx_files_are_refused(mnist):
+    with pytest.raises(DataError, match="20 images but 19 labels"):
+        (mnist / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros(19))))
+        load_data(mnist_plan(mnist), 0)
+    with pytest.raises(DataError, match="no images in t10k"):
+        (mnist / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.zeros(0))))
+        (mnist / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((0, 8, 8))))
+        load_data(mnist_plan(mnist), 0)
+    with pytest.raises(DataError, match="does not exist"):
+        (mnist / "t10k-images-idx3-ubyte").unlink()
+        load_data(mnist_plan(mnist), 0)
+
+
+def test_more_labels_than_class_names_are_refused(mnist):
+    with pytest.raises(DataError, match="has label 3, but there are 3 classes"):
+        load_data(mnist_plan(mnist, class_names=("a", "b", "c")), 0)
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason=f"Debian's dataset-fashion-mnist is not installed in {FASHION}")
+def test_fashion_mnist_is_read_whole():
+    data = load_data(DataPlan(name="idx", root=FASHION, image_size=(28, 28), channels=1), 0)
+    assert (len(data.train), len(data.validation), len(data.test)) == (54_000, 6_000, 10_000)
+    assert np.bincount(data.test.labels).tolist() == [1000] * 10
+    assert np.bincount(data.validation.labels).tolist() == [600] * 10
+
+
+# --- image folders
+
+
+def picture(path: Path, mode: str = "RGB", size=(12, 10), shade: int = 100, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, shade if len(mode) == 1 else (shade,) * len(mode)).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes, eight images each; test images are the same for both splits' sake."""
+    for split in ("train", "validation"):
+        for number in range(8):
+            for kind, shade in (("cat", 50), ("dog", 200)):
+                picture(tmp_path / split / kind / f"{number}.png", shade=shade + number)
+    return tmp_path
+
+
+def folder_plan(root: Path, **options) -> DataPlan:
+    return DataPlan(name="folder", root=root, image_size=(8, 8), **{"validation_fraction": 0.25, **options})
+
+
+def test_an_image_folder_is_read_through_timm(folder):
+    data = load_data(folder_plan(folder), 0)
+    assert data.class_names == ("cat", "dog")
+    images = data.train.source.images(data.train.indices)
+    assert images.shape == (12, 3, 8, 8)
+    assert np.array_equal(images.mean((1, 2, 3)) > 128, data.train.labels == 1)
+
+
+def broken(split: Split) -> str:
+    with pytest.raises(DataError) as caught:
+        scan(split, Quiet())
+    return caught.value.message
+
+
+def test_every_broken_image_is_named_and_none_is_replaced_by_another(folder):
+    cats, dogs = folder / "train" / "cat", folder / "train" / "dog"
+    whole = picture(cats / "truncated.jpg", size=(64, 64)).read_bytes()
+    (cats / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (cats / "text.jpg").write_text("this is no image")
+    (dogs / "empty.png").write_bytes(b"")
+    data = load_data(folder_plan(folder, validation_fraction=0.01), 0)
+    everything = Split(data.train.source, np.arange(len(data.train.source.labels)))
+    message = broken(everything)
+    assert message.startswith("3 broken images:")
+    for name in ("cat/truncated.jpg", "cat/text.jpg", "dog/empty.png"):
+        assert str(folder / "train" / name) in message
+
+
+def test_broken_images_are_found_while_writing_a_split_too(folder, tmp_path):
+    (folder / "train" / "cat" / "0.png").write_bytes(b"\x89PNG")
+    (folder / "train" / "dog" / "0.png").write_bytes(b"\x89PNG")
+    source = load_data(folder_plan(folder), 0).train.source
+    with pytest.raises(DataError, match="2 broken images"):
+        write_split(Split(source, np.arange(16)), tmp_path / "out", Quiet(), "train")
+
+
+def test_a_decompression_bomb_is_named_before_it_goes_off(folder, monkeypatch):
+    picture(folder / "train" / "cat" / "bomb.png", size=(60, 60))
+    picture(folder / "train" / "dog" / "nuke.png", size=(90, 90))
+    source = load_data(folder_plan(folder), 0).train.source
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # a warning above it, an error above twice it
+    message = broken(Split(source, np.arange(len(source.labels))))
+    assert "2 broken images" in message
+    assert "bomb.png" in message
+    assert "nuke.png" in message
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "LA", "CMYK"])
+def test_every_kind_of_image_becomes_the_plans_channels(tmp_path, mode, channels):
+    for split in ("train", "validation"):
+        for number in range(2):
+            suffix = "jpg" if mode == "CMYK" else "png"
+            picture(tmp_path / split / "only" / f"{number}.{suffix}", mode=mode, size=(30, 10), shade=255 if mode == "1" else 90)
+    data = load_data(folder_plan(tmp_path, channels=channels, validation_fraction=0.5), 0)
+    assert data.train.source.images(np.asarray([0])).shape == (1, channels, 8, 8)
+
+
+def test_sixteen_bits_of_gray_are_scaled_and_not_clipped(folder):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(ramp).save(folder / "train" / "cat" / "0.png")
+    source = load_data(folder_plan(folder, channels=1), 0).train.source
+    index = next(i for i in range(16) if source.name(i).split()[0].endswith("cat/0.png"))
+    assert np.abs(source.images(np.asarray([index]))[0, 0].astype(int) - ramp // 257).max() <= 1
+
+
+def test_a_wide_image_is_cropped_in_its_middle_and_not_squeezed(folder):
+    wide = np.zeros((8, 24, 3), np.uint8)
+    wide[:, 8:16] = 255
+    Image.fromarray(wide).save(folder / "train" / "cat" / "0.png")
+    source = load_data(folder_plan(folder), 0).train.source
+    index = next(i for i in range(16) if source.name(i).split()[0].endswith("cat/0.png"))
+    assert source.images(np.asarray([index])).min() == 255
+
+
+def test_splits_with_different_classes_are_refused(folder):
+    picture(folder / "validation" / "eel" / "0.png")
+    with pytest.raises(DataError, match="different classes"):
+        load_data(folder_plan(folder), 0)
+
+
+def test_a_root_that_is_not_there_is_named(tmp_path):
+    for name in ("folder", "idx", "images"):
+        with pytest.raises(DataError, match="nowhere"):
+            load_data(DataPlan(name=name, root=tmp_path / "nowhere", classes=2), 0)
+
+
+def test_unlabelled_images_are_split_and_every_one_is_used(tmp_path):
+    for number in range(20):
+        picture(tmp_path / "ä b" / f"{number}.png", shade=number)
+    data = load_data(DataPlan(name="images", root=tmp_path, classes=7, image_size=(8, 8), validation_fraction=0.25), 0)
+    assert (len(data.train), len(data.validation), len(data.test), len(data.class_names)) == (12, 4, 4, 7)
+    shades = [part.source.images(part.indices)[:, 0, 0, 0] for part in (data.train, data.validation, data.test)]
+    assert sorted(np.concatenate(shades)) == list(range(20))
+
+
+def test_too_few_unlabelled_images_are_refused(tmp_path):
+    for number in range(3):
+        picture(tmp_path / f"{number}.png")
+    with pytest.raises(DataError, match="holds 3 images"):
+        load_data(DataPlan(name="images", root=tmp_path, classes=2), 0)
+
+
+# --- what children read
+
+
+def test_a_written_split_is_the_split(digits, tmp_path):
+    write_split(digits.validation, tmp_path / "validation", Quiet(), "validation")
+    images = np.load(tmp_path / "validation" / "images.npy", allow_pickle=False)
+    assert np.array_equal(images, digits.validation.source.images(digits.validation.indices))
+    assert np.array_equal(np.load(tmp_path / "validation" / "labels.npy"), digits.validation.labels)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [((0.5,), (0.5,)), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.1307,), (0.3081,))]
+)
+def test_numpy_and_torch_normalize_alike_bit_for_bit(mean, std):
+    known = preprocessing(DataPlan(name="digits", mean=mean, std=std, image_size=(16, 16)))
+    images = np.arange(2 * 3 * 256, dtype=np.int64).reshape(2, 3, 16, 16).astype(np.uint8)
+    ours = known.apply(images)
+    assert ours.dtype == np.float32
+    assert np.array_equal(ours.view(np.int32), Normalize(known)(torch.from_numpy(images)).numpy().view(np.int32))
+    for channel in range(3):
+        textbook = (images[:, channel] / 255 - known.mean[channel]) / known.std[channel]
+        assert np.allclose(ours[:, channel], textbook, atol=1e-6)
