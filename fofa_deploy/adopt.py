@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from pydantic import ValidationError
 
 from fofa_deploy.backend import float_recipe, get_backend
 from fofa_deploy.config import DataPlan, LimitsPlan
@@ -74,7 +75,11 @@ def read_sidecar(file: Path, preparation: Preparation) -> Sidecar:
     beside = file.with_name("sidecar.json")
     inside = {prop.key: prop.value for prop in model.metadata_props}.get(KEY)
     if beside.is_file() or inside:
-        return Sidecar.model_validate_json(beside.read_bytes() if beside.is_file() else str(inside))
+        where = beside if beside.is_file() else file
+        try:
+            return Sidecar.model_validate_json(beside.read_bytes() if beside.is_file() else str(inside))
+        except ValidationError as error:
+            raise GraphError(f"the sidecar in {where} is not one of ours: {error.errors()[0]['msg']}", "export it again") from error
     return _derived(model, file, preparation)
 
 

@@ -162,7 +162,7 @@ def _guarded(work: Any, *arguments: Any, **named: Any) -> tuple[dict[str, Any], 
 def _lines() -> queue.SimpleQueue[bytes]:
     """Standard input, line by line, from a thread that ends the process, and what it started, when its parent is gone."""
     lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    stdin = open(0, "rb", closefd=False)  # noqa: PTH123, SIM115 - sys.stdin's lock would abort the interpreter's shutdown
+    stdin = open(0, "rb", closefd=False)  # noqa: SIM115 - sys.stdin's lock would abort the interpreter's shutdown
 
     def read() -> None:
         for line in stdin:

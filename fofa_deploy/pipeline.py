@@ -16,7 +16,7 @@ import torch
 
 from fofa_deploy import __version__, environment
 from fofa_deploy.capture import capture, write_expected
-from fofa_deploy.config import ModelPlan, RunPlan, TeacherPlan
+from fofa_deploy.config import ModelPlan, RunPlan, TeacherPlan, load_plan
 from fofa_deploy.data import Data, load_data, preprocessing, scan, write_split
 from fofa_deploy.distill.job import WEIGHTS, Workshop, read_curve, read_notices, read_summary
 from fofa_deploy.errors import BackendError, PlanError
@@ -212,7 +212,7 @@ def record_plan(store: Store, plan: RunPlan, force: bool) -> None:
     path = store.root / PLAN
     text = plan.model_dump_json(indent=1)
     if path.is_file() and path.read_text() != text and not force:
-        changes = _differences(RunPlan.model_validate_json(path.read_bytes()).model_dump(), plan.model_dump())
+        changes = _differences(load_plan(str(path)).model_dump(), plan.model_dump())
         action = "choose another --out, or --force to go on here: stages that the change does not touch are kept"
         raise PlanError(f"{store.root} was made from another plan: {'; '.join(changes)}", action)
     write_atomic(path, text.encode())
@@ -259,7 +259,7 @@ def reopened(out: Path, progress: Progress) -> AbstractContextManager[Run]:
         raise PlanError(
             f"{out} is not a run directory: it has no {PLAN}", "make one: fofa-deploy compress-and-export PLAN --out DIR"
         )
-    return opened(RunPlan.model_validate_json(path.read_bytes()), out, progress)
+    return opened(load_plan(str(path)), out, progress)
 
 
 def failures(plan: RunPlan, report: RunReport) -> list[str]:

@@ -70,12 +70,12 @@ def test_what_is_raised_by_accident_comes_with_its_trace():
 
 @pytest.mark.parametrize("target", ["isolated_targets:nothing", "no_such_module:f"])
 def test_a_target_that_is_not_there_is_an_error(target):
-    with pytest.raises(ChildError, match="raised (AttributeError|ModuleNotFoundError)"):
+    with pytest.raises(ChildError, match=r"raised (AttributeError|ModuleNotFoundError)"):
         run_isolated(target, Text(), Text, seconds=60)
 
 
 def test_a_crash_names_the_signal_and_the_last_words():
-    with pytest.raises(ChildError, match="died of SIGSEGV: (.|\n)*last words"):
+    with pytest.raises(ChildError, match=r"died of SIGSEGV: (.|\n)*last words"):
         ask("segfault")
 
 

@@ -1,7 +1,6 @@
 """The store: once per distinct input, whole or not at all, whatever happens in between."""
 
 import json
-import os
 import signal
 from enum import Enum
 from pathlib import Path
@@ -269,7 +268,7 @@ def test_the_second_process_is_told_the_first_ones_pid(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write to .*file/run"), Store(tmp_path / "file" / "run"):
+    with pytest.raises(UserError, match=r"cannot write to .*file/run"), Store(tmp_path / "file" / "run"):
         pass
 
 
@@ -294,11 +293,11 @@ def test_a_disk_that_is_full_leaves_the_old_file_and_no_scrap(tmp_path):
         out, err = process.communicate()
     assert (out, err) == ("OSError\n", "")
     assert (tmp_path / "file").read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_is_replaced_whole(tmp_path):
     (tmp_path / "file").write_text("old and long")
     write_atomic(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]

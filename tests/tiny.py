@@ -31,7 +31,10 @@ def write_graph(folder: Path) -> Graph:
         make.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["batch", 1, SIDE, SIDE]),
         make.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", CLASSES]),
     ]
-    nodes = [make.make_node("Flatten", ["images"], ["flat"], "flatten"), make.make_node("MatMul", ["flat", "w"], ["logits"], "dense")]
+    nodes = [
+        make.make_node("Flatten", ["images"], ["flat"], "flatten"),
+        make.make_node("MatMul", ["flat", "w"], ["logits"], "dense"),
+    ]
     graph = make.make_graph(nodes, "tiny", values[:1], values[1:], [onnx.numpy_helper.from_array(weights(), "w")])
     onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9), folder / "model.onnx")
     sidecar = Sidecar(

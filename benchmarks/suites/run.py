@@ -64,10 +64,12 @@ def _prepare(suite: str, out: Path) -> list[str]:
 
 
 def _stage_seconds(out: Path) -> float:
-    """Time in stages of all runs that led to the directory's present content."""
+    """Time in stages of all runs that led to the directory's content; training counts what an interrupted run had done, too."""
+    from fofa_deploy.distill.job import read_curve
     from fofa_deploy.store import manifests
 
-    return round(sum(manifest.seconds for manifest in manifests(out)), 1)
+    trained = {stage: sum(epoch.seconds for epoch in read_curve(out / stage)) for stage in ("teacher", "student")}
+    return round(sum(max(manifest.seconds, trained.get(manifest.stage, 0.0)) for manifest in manifests(out)), 1)
 
 
 # --- goals ----------------------------------------------------------------------------------------------------

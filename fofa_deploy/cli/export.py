@@ -33,9 +33,7 @@ def command(
     SOURCE is a plan, or a checkpoint (.safetensors, .pt) together with --model, --classes and --images; further facts about
     its input are given as --set data.image_size=224 --set data.mean=[0.485,0.456,0.406].
     """
-    from fofa_deploy.cli.show import progress
     from fofa_deploy.config import load_plan, ready_made
-    from fofa_deploy.pipeline import opened
 
     if model is None:
         plan = load_plan(source, overrides)
@@ -43,5 +41,8 @@ def command(
         raise click.UsageError("a checkpoint needs --model, --classes and --images")
     else:
         plan = ready_made(Path(source), model, classes, images, overrides)
+    from fofa_deploy.cli.show import progress
+    from fofa_deploy.pipeline import opened
+
     with opened(plan, out, progress(quiet), force) as run:
         click.echo(run.graph / "model.onnx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[fl
 def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The argument SOURCE and everything that goes with it, handed to the command as one `Source`."""
 
+    @functools.wraps(command)  # with the options that the command has already
     def wrapped(
         source: Path,
         profile_name: str | None,
@@ -54,8 +56,6 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:  # noqa: ANN401
         return command(Source(source, profile_name, recipe, out, images, mean, std), **others)
 
-    wrapped.__doc__ = command.__doc__
-    wrapped.__name__ = command.__name__
     decorators = (
         click.argument("source", type=click.Path(path_type=Path, exists=True)),
         options.hardware,

@@ -113,7 +113,7 @@ class FileSource:
         # Past timm's ImageDataset to its reader: it puts the next image in place of a broken one, and clips 16 bits to white.
         self._items, self._plan, self._where = getattr(dataset, "reader", dataset), plan, where
         self._samples = getattr(self._items, "samples", None)
-        self.labels = np.asarray(_labels(self._items, len(dataset)), np.int64)
+        self.labels = np.asarray(_labels(self._items), np.int64)
         self.class_names = plan.class_names or _class_names(dataset, self.labels)
         self.digest = digest([[str(self.name(i)), int(label)] for i, label in enumerate(self.labels)])
 
@@ -147,12 +147,12 @@ class FileSource:
         return f"{path} ({size} bytes)" if size else str(path)
 
 
-def _labels(items: Any, count: int) -> Sequence[int]:  # noqa: ANN401
+def _labels(items: Any) -> Sequence[int]:  # noqa: ANN401
     """Without decoding an image, where the data set lets us."""
     if hasattr(items, "targets"):
         targets: Sequence[int] = items.targets
         return targets
-    return [label for _, label in items.samples] if hasattr(items, "samples") else [int(items[i][1]) for i in range(count)]
+    return [label for _, label in items.samples] if hasattr(items, "samples") else [int(items[i][1]) for i in range(len(items))]
 
 
 def _class_names(dataset: Any, labels: Indices) -> tuple[str, ...]:  # noqa: ANN401

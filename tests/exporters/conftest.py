@@ -144,9 +144,13 @@ def _build(name: str, captured: Captured, recipe_name: str, out: Path) -> Built:
 
 
 def profile_for(name: str) -> HardwareProfile:
-    """The first shipped profile of a back end that can be built here, else the first, asking for all it can do."""
+    """The first shipped profile of a back end that can be built here, else the first, asking for all it can do.
+
+    A back end from elsewhere, which ships none with us, gets a plain one.
+    """
     backend = get_backend(name)
-    mine = [profile for profile in installed_profiles() if profile.runtime == name]
+    plain = HardwareProfile(name=name, description=name, runtime=name, precisions=tuple(sorted(backend.precisions)))
+    mine = [profile for profile in installed_profiles() if profile.runtime == name] or [plain]
     here = next((profile for profile in mine if backend.probe(profile).can_build), mine[0])
     execution = here.execution.model_copy(update={"batch_sizes": BATCHES, "threads": 2, "spinning": False})
     return here.model_copy(update={"precisions": tuple(sorted(backend.precisions)), "execution": execution})

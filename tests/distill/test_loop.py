@@ -1,0 +1,178 @@
+"""Training: a resumed run is the same run, and nothing that is not finite gets through."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fofa_deploy.config import load_plan
+from fofa_deploy.data import load_data
+from fofa_deploy.distill import checkpoint
+from fofa_deploy.distill.job import WEIGHTS, Workshop, read_curve, read_summary
+from fofa_deploy.errors import IntegrityError, InterruptedRunError, TrainingError
+from fofa_deploy.progress import Quiet
+from fofa_deploy.types import digest_file
+
+SMALL = (
+    "data.limit=96",
+    "data.image_size=16",
+    "teacher.arguments={channels=[8,8,16,16],stem_width=4}",
+    "teacher.fit={epochs=1,batch_size=32}",
+    "teacher.floor_top1=0.0",
+    "student.arguments={patch_size=4,embed_dim=16,depth=2,num_heads=2,drop_path_rate=0.1,proj_drop_rate=0.1}",
+    "distill.epochs=2",
+    "distill.batch_size=32",
+    "distill.method='fofa+rsd'",
+    "distill.fofa={stages=2,width=16,heads=2,prompted_stages=[2]}",
+    "distill.checkpoint_seconds=0.001",
+    "distill.ema=0.9",
+)
+
+
+def small_plan(*more: str):
+    return load_plan("demo", [*SMALL, *more])
+
+
+def workshop(plan) -> Workshop:
+    return Workshop(load_data(plan.data, plan.seed), plan.seed, Quiet())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    plan, folder = small_plan(), tmp_path_factory.mktemp("teacher")
+    workshop(plan).fit(plan.teacher, folder)
+    return plan.teacher, folder
+
+
+def distilled(plan, folder: Path, teacher) -> str:
+    folder.mkdir(exist_ok=True)
+    workshop(plan).distill(plan.student, plan.distill, folder, teacher)
+    return digest_file(folder / WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, teacher):
+    folder = tmp_path_factory.mktemp("whole") / "student"
+    distilled(small_plan(), folder, teacher)
+    return folder
+
+
+def test_a_run_leaves_weights_a_curve_and_the_teachers_diagnostics(uninterrupted):
+    curve = read_curve(uninterrupted)
+    assert [epoch.epoch for epoch in curve] == [1, 2]
+    assert set(curve[0].losses) == {"ce", "kd", "fofa", "regularizer", "rsd"}
+    assert set(curve[0].diagnostics) == {"teacher_top1", "prompted_top1", "drift_nats"}
+    assert read_summary(uninterrupted).top1_validation == max(epoch.top1 for epoch in curve)
+
+
+def _interrupt_after(monkeypatch, steps: int) -> None:
+    """Send this process a Ctrl-C in the middle of an epoch."""
+    from fofa_deploy.distill.loop import Trainer
+
+    step = Trainer._train_step
+
+    def counted(self, images, labels):
+        step(self, images, labels)
+        if self._step == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_train_step", counted)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_checkpoints_and_the_resumed_run_is_bit_identical(tmp_path, teacher, uninterrupted, monkeypatch, workers):
+    plan = small_plan(f"distill.workers={workers}")
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 4)
+        with pytest.raises(InterruptedRunError, match="step 4"):
+            distilled(plan, tmp_path / "student", teacher)
+    assert distilled(plan, tmp_path / "student", teacher) == digest_file(uninterrupted / WEIGHTS)
+    strip = [epoch.model_copy(update={"seconds": 0.0}) for epoch in read_curve(tmp_path / "student")]
+    assert strip == [epoch.model_copy(update={"seconds": 0.0}) for epoch in read_curve(uninterrupted)]
+
+
+def test_sigkill_in_mid_epoch_and_resume_is_bit_identical(tmp_path, teacher, uninterrupted):
+    script = f"""
+        import sys, torch
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from test_loop import distilled, small_plan
+        torch.set_num_threads(1)
+        distilled(small_plan(), Path({str(tmp_path / "student")!r}), (small_plan().teacher, Path({str(teacher[1])!r})))
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
+    checkpoints = tmp_path / "student" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("step-*.sha256")) and time.monotonic() < deadline and child.poll() is None:
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    state, _ = checkpoint.load_newest(checkpoints)
+    assert state is not None
+    assert 0 < state["step"] < 6, "the kill came too late to show anything"
+    assert distilled(small_plan(), tmp_path / "student", teacher) == digest_file(uninterrupted / WEIGHTS)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, teacher, monkeypatch):
+    from fofa_deploy.distill.objective import Objective
+
+    forward = Objective.forward
+
+    def poisoned(self, images, labels):
+        losses = forward(self, images, labels)
+        return losses._replace(total=losses.total * float("nan"))
+
+    monkeypatch.setattr(Objective, "forward", poisoned)
+    with pytest.raises(TrainingError, match="loss is not finite at step 0"):
+        distilled(small_plan(), tmp_path / "student", teacher)
+    assert not (tmp_path / "student" / WEIGHTS).exists()
+
+
+def test_a_checkpoint_never_holds_nan(tmp_path):
+    state = {"model": {"weight": torch.tensor([1.0, float("nan")])}}
+    with pytest.raises(TrainingError, match=r"model\.weight has NaN"):
+        checkpoint.save(tmp_path, 1, state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"step": step})
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["step-2.pt", "step-3.pt"]
+    newest = tmp_path / "step-3.pt"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    state, notices = checkpoint.load_newest(tmp_path)
+    assert state == {"step": 2}
+    assert len(notices) == 1
+    assert "step-3.pt" in notices[0]
+    (tmp_path / "step-2.pt").write_bytes(b"")
+    with pytest.raises(IntegrityError, match="every checkpoint"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_a_teacher_below_its_floor_is_refused(tmp_path):
+    plan = small_plan("teacher.floor_top1=0.99")
+    with pytest.raises(TrainingError, match=r"its floor 99\.00%"):
+        workshop(plan).fit(plan.teacher, tmp_path)
+
+
+def test_bf16_autocast_trains(tmp_path, teacher):
+    plan = small_plan("distill.precision='bf16'", "distill.epochs=1", "distill.channels_last=true")
+    distilled(plan, tmp_path / "student", teacher)
+    assert read_curve(tmp_path / "student")[0].loss > 0

@@ -1,0 +1,173 @@
+"""Measuring: real artifacts in real processes, side by side, and no figure that the sample does not carry."""
+
+import random
+
+import numpy as np
+import pytest
+from tiny import build, write_graph
+
+from fofa_deploy import measure as module
+from fofa_deploy.config import LimitsPlan, MeasurePlan
+from fofa_deploy.errors import BackendError, ChildError, IntegrityError
+from fofa_deploy.measure import Candidate, Runner, _latency, measure, peak_rss_bytes, runs_for
+from fofa_deploy.profile import find_profile
+from fofa_deploy.progress import Quiet
+from fofa_deploy.types import Artifact
+
+PLAN = MeasurePlan(seconds=0.05, max_seconds=0.2, warmup_seconds=0.01, warmup_runs=10)
+LIMITS = LimitsPlan(run_seconds=60)
+PROFILES = ("reference", "cpu-onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def candidates(tmp_path_factory) -> dict[str, Candidate]:
+    root = tmp_path_factory.mktemp("measure")
+    graph = write_graph(root / "graph")
+    return {
+        name: Candidate(
+            artifact=build(graph, name, root / name), profile=find_profile(name), golden=root / "graph" / "golden.npz", batch=3
+        )
+        for name in PROFILES
+    }
+
+
+@pytest.fixture(scope="module")
+def measured(candidates):
+    return measure([candidates[name] for name in PROFILES], PLAN, LIMITS, 0, Quiet())
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_runner_times_every_run(candidates, name):
+    runner = Runner(candidates[name])
+    times = runner.block(5)
+    assert len(times) == 5
+    assert min(times) > 0
+    described = runner.describe()
+    assert described["artifact_sha256"] == Artifact.load(candidates[name].artifact).sha256
+    assert described["cold_start_ms"] > max(times) / 1e6
+    assert described["device"]
+
+
+def test_garbage_collection_waits_and_comes_back(candidates):
+    import gc
+
+    runner = Runner(candidates["reference"])
+    seen = []
+    run = runner._session.run
+    runner._session.run = lambda feeds: seen.append(gc.isenabled()) or run(feeds)
+    runner.block(2)
+    assert seen == [False, False]
+    assert gc.isenabled()
+
+
+def test_two_candidates_get_a_figure_each_with_its_conditions(measured, candidates):
+    for name, found in zip(PROFILES, measured, strict=True):
+        assert found.artifact_sha256 == Artifact.load(candidates[name].artifact).sha256
+        latency = found.latency_ms
+        assert 0 < latency.min <= latency.p50 <= (latency.p90 or latency.p50)
+        assert found.batch == 3
+        assert found.throughput_sps == pytest.approx(3e3 / latency.mean)
+        assert found.warmup_runs >= 10
+        assert found.threads == candidates[name].profile.execution.thread_count
+        assert found.energy_mj is None
+        assert found.energy_reason
+
+
+def test_the_slower_runtime_is_slower(measured):
+    reference, onnxruntime = measured
+    assert reference.latency_ms.min > onnxruntime.latency_ms.min
+
+
+def test_blocks_alternate(candidates, monkeypatch):
+    calls = []
+    real = module.Child.call
+
+    def spy(self, method, **arguments):
+        if arguments.get("runs", warm_up) != warm_up:
+            calls.append(self)
+        return real(self, method, **arguments)
+
+    warm_up = 5
+    monkeypatch.setattr(module.Child, "call", spy)
+    monkeypatch.setattr(module, "BLOCK_SECONDS", 0.002)
+    measure([candidates["reference"]] * 2, PLAN, LIMITS, 0, Quiet())
+    rounds = [calls[i : i + 2] for i in range(0, 8, 2)]
+    assert all(set(pair) == set(calls) for pair in rounds)
+    assert len(set(calls)) == 2
+
+
+def test_how_many_runs_a_percentile_needs():
+    assert [runs_for(q) for q in (0.9, 0.95, 0.99)] == [64, 130, 662]
+
+
+@pytest.mark.parametrize(
+    ("runs", "there"),
+    [(63, set()), (64, {"p90"}), (129, {"p90"}), (130, {"p90", "p95"}), (661, {"p90", "p95"}), (662, {"p90", "p95", "p99"})],
+)
+def test_a_percentile_without_enough_runs_is_none(runs, there):
+    latency = _latency(np.arange(1, runs + 1, dtype=np.float64))
+    assert {name for name in ("p90", "p95", "p99") if getattr(latency, name) is not None} == there
+    assert (latency.min, latency.mean, latency.p50) == (1, (runs + 1) / 2, (runs + 1) / 2)
+
+
+def test_percentiles_are_percentiles():
+    latency = _latency(np.asarray(random.Random(0).sample(range(1, 1002), 1001), np.float64))
+    assert (latency.p90, latency.p95, latency.p99) == (901, 951, 991)
+
+
+def test_one_that_dies_is_its_error_and_the_other_goes_on(candidates, tmp_path):
+    bad = candidates["reference"].model_copy(update={"golden": tmp_path / "gone.npz"})
+    found = measure([bad, candidates["cpu-onnxruntime"], bad], PLAN, LIMITS, 0, Quiet())
+    assert [type(entry) for entry in found] == [ChildError, type(found[1]), ChildError]
+    assert "FileNotFoundError" in found[0].message
+    assert found[1].runs > 0
+
+
+@pytest.mark.parametrize("when", ["block", "describe"])
+def test_one_that_is_killed_on_the_way_is_its_error_and_the_other_goes_on(candidates, monkeypatch, when):
+    real, killed = module.Child.call, []
+
+    def kill(self, method, **arguments):
+        if method == when and (not killed or killed == [self]) and (when == "describe" or arguments["runs"] != 5):
+            killed[:] = [self]
+            self._process.kill()
+        return real(self, method, **arguments)
+
+    monkeypatch.setattr(module.Child, "call", kill)
+    found = measure([candidates["reference"], candidates["cpu-onnxruntime"]], PLAN, LIMITS, 0, Quiet())
+    (error,) = (entry for entry in found if isinstance(entry, ChildError))
+    assert "SIGKILL" in error.message
+    (other,) = (entry for entry in found if not isinstance(entry, ChildError))
+    assert other.runs > 0
+
+
+def test_an_altered_artifact_is_never_loaded(candidates, tmp_path):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(candidates["reference"].artifact, folder)
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(content)
+    altered = candidates["reference"].model_copy(update={"artifact": folder})
+    (found,) = measure([altered], PLAN, LIMITS, 0, Quiet())
+    assert isinstance(found, IntegrityError)
+
+
+def test_a_device_that_is_not_here_is_an_error_and_no_figure(candidates):
+    profile = find_profile("cpu-openvino").model_copy(update={"runtime": "no-such"})
+    elsewhere = candidates["cpu-onnxruntime"].model_copy(update={"profile": profile})
+    (found,) = measure([elsewhere], PLAN, LIMITS, 0, Quiet())
+    assert not isinstance(found, BackendError)  # the artifact names its back end, a profile cannot swap it
+    assert found.artifact_sha256
+
+
+def test_peak_memory_is_the_childs_own(candidates):
+    ballast = np.ones(400 << 20, np.uint8)
+    (found,) = measure([candidates["reference"]], PLAN, LIMITS, 0, Quiet())
+    assert peak_rss_bytes() > ballast.nbytes
+    assert 10 << 20 < found.peak_rss_bytes < ballast.nbytes
+
+
+def test_nothing_to_measure_is_no_error():
+    assert measure([], PLAN, LIMITS, 0, Quiet()) == []

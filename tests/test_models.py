@@ -1,0 +1,185 @@
+"""Models and checkpoints: strict, finite, and never run for what they contain."""
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from fofa_deploy import models
+from fofa_deploy.config import ModelPlan
+from fofa_deploy.errors import ModelError
+from fofa_deploy.models import build_model, load_weights, parameter_count, read_weights, save_weights
+
+
+class Net(nn.Module):
+    """Also what 'package.module:function' names."""
+
+    def __init__(self, num_classes: int = 3, in_chans: int = 1, width: int = 4) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(in_chans, width, 3)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images):
+        return self.head(self.body(images).mean((2, 3)))
+
+
+def made(model: str, **options) -> nn.Module:
+    return build_model(ModelPlan(model=model, **options), classes=3, channels=1, image_size=(16, 16))
+
+
+def state(**changes) -> dict[str, torch.Tensor]:
+    """Net's weights; ``None`` takes a tensor out."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return {key: value for key, value in {**Net().state_dict(), **changes}.items() if value is not None}
+
+
+def refusal(path, net=None) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_weights(net or Net(), path)
+    assert str(path) in caught.value.message
+    return caught.value.message
+
+
+class Payload:
+    """Runs on a plain unpickling."""
+
+    def __init__(self, path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+# --- checkpoints
+
+
+def test_weights_survive_the_round_trip(tmp_path):
+    source, target = Net(), Net()
+    save_weights(source, tmp_path / "w.safetensors")
+    load_weights(target, tmp_path / "w.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head__bias": None}, r"1 missing (head.bias, ...)"),
+        ({"tail": torch.zeros(1)}, r"1 unknown (tail, ...)"),
+        ({"head__weight": torch.zeros(10, 4)}, r"1 of another shape (head.weight, ...)"),
+        ({"head__bias": None, "tail": torch.zeros(1)}, "1 missing (head.bias, ...), 1 unknown (tail, ...)"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_names_the_tensor(tmp_path, changes, words):
+    save_file(state(**changes), tmp_path / "w.safetensors")
+    assert words in refusal(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, poison, suffix):
+    path = tmp_path / f"w.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(state(head__bias=torch.tensor([0.0, poison, 0.0])), path)
+    assert "NaN or infinity in head.bias" in refusal(path)
+
+
+def test_a_refused_checkpoint_changes_no_weight(tmp_path):
+    net = Net()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    save_file(state(head__bias=None), tmp_path / "w.safetensors")
+    refusal(tmp_path / "w.safetensors", net)
+    assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
+def test_a_pt_file_of_tensors_is_read_as_trainers_save_it(tmp_path, wrap):
+    wanted = state()
+    torch.save(wrap({f"module.{key}": value for key, value in wanted.items()}), tmp_path / "w.pt")
+    found = read_weights(tmp_path / "w.pt")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
+@pytest.mark.parametrize("suffix", ["pt", "pth", "bin", "safetensors"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path, save, suffix):
+    path = tmp_path / f"w.{suffix}"
+    save({"head.bias": Payload(tmp_path / "it-ran")}, path)
+    assert "cannot be read as plain tensors" in refusal(path)
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize("value", [[torch.zeros(1)], {"epoch": 3}, {0: torch.zeros(1)}, torch.zeros(3), "text"])
+def test_a_pt_file_of_something_else_is_refused(tmp_path, value):
+    torch.save(value, tmp_path / "w.pt")
+    assert "not a dictionary of tensors" in refusal(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_a_truncated_checkpoint_is_refused(tmp_path, suffix, keep):
+    path = tmp_path / f"w.{suffix}"
+    (save_file if suffix == "safetensors" else torch.save)(state(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert "cannot be read as plain tensors" in refusal(path)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "gone.pt")
+    assert "does not exist" in refusal(tmp_path)
+
+
+def test_a_file_with_more_tensors_than_any_model_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "MOST_TENSORS", 50)
+    save_file({str(number): torch.zeros(0) for number in range(51)}, tmp_path / "w.safetensors")
+    assert "holds 51 tensors" in refusal(tmp_path / "w.safetensors")
+
+
+# --- names
+
+
+def test_a_timm_model_fits_the_plan():
+    net = made("timm:vit_tiny_patch16_224", arguments={"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2})
+    assert net(torch.zeros(2, 1, 16, 16)).shape == (2, 3)
+
+
+def test_a_module_and_function_name_a_model(tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(
+        "from test_models import Net\ndef wide(**options):\n    return Net(width=9, **options)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    net = made("my_models:wide")
+    assert net(torch.zeros(2, 1, 16, 16)).shape == (2, 3)
+    assert parameter_count(net) == 9 * 9 + 9 + 9 * 3 + 3
+
+
+def test_a_checkpoint_is_part_of_the_plan(tmp_path):
+    save_file(state(), tmp_path / "w.safetensors")
+    net = made("test_models:Net", checkpoint=tmp_path / "w.safetensors")
+    assert torch.equal(net.head.bias, read_weights(tmp_path / "w.safetensors")["head.bias"])
+    with pytest.raises(ModelError, match="does not fit"):
+        made("test_models:Net", arguments={"width": 5}, checkpoint=tmp_path / "w.safetensors")
+
+
+def test_an_unknown_timm_name_suggests_near_ones():
+    with pytest.raises(ModelError, match="timm has no model 'resent18'") as caught:
+        made("timm:resent18")
+    assert "resnet18" in caught.value.action
+
+
+@pytest.mark.parametrize("name", ["no_such_package:f", "test_models:Nett", "test_models", "", ":", "test_models:pytest.skip"])
+def test_a_name_that_does_not_resolve_is_refused(name):
+    with pytest.raises(ModelError, match="does not resolve"):
+        made(name)
+
+
+def test_what_is_not_callable_is_no_model():
+    with pytest.raises(ModelError, match="is not callable"):
+        made("sys:path")
+
+
+@pytest.mark.parametrize("arguments", [{"no_such": 1}, {"width": -1}])
+def test_arguments_that_a_model_does_not_take_are_refused(arguments):
+    with pytest.raises(ModelError, match="test_models:Net cannot be made"):
+        made("test_models:Net", arguments=arguments)

@@ -1,0 +1,285 @@
+"""The whole job on a small scale, with real runtimes: run, run again, kill, change, and a back end from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fofa_deploy.cli import cli
+from fofa_deploy.config import load_plan
+from fofa_deploy.errors import PlanError
+from fofa_deploy.pipeline import compress_and_export, failures
+from fofa_deploy.progress import Quiet
+from fofa_deploy.report import read_report
+from fofa_deploy.store import manifests
+from fofa_deploy.types import Artifact, Status
+
+SMALL = (
+    "threads=1",
+    "data.limit=160",
+    "data.image_size=16",
+    "teacher.arguments={channels=[8,16,16,32],stem_width=8}",
+    "teacher.fit={epochs=2,batch_size=32,lr=3e-3,warmup_epochs=0.2}",
+    "teacher.floor_top1=0.0",
+    "student.arguments={patch_size=4,embed_dim=32,depth=2,num_heads=2}",
+    "distill.epochs=2",
+    "distill.fofa={stages=2,width=16,heads=2,prompted_stages=[2]}",
+    "accuracy.max_top1_drop=1.0",
+    "measure={seconds=0.2,max_seconds=0.5}",
+)
+
+
+def small_plan(*more: str):
+    return load_plan("demo", [*SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "small run"
+    return out, compress_and_export(small_plan(), out, Quiet())
+
+
+def fofa_deploy(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fofa_deploy", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+
+
+def photographs(folder: Path) -> Path:
+    """24 images that differ, small files without labels."""
+    images = folder / "images"
+    images.mkdir()
+    for number in range(24):
+        Image.linear_gradient("L").rotate(15 * number).resize((20, 20)).save(images / f"{number}.png")
+    return images
+
+
+def rows(report, target):
+    return [row for row in report.targets if row.target == target]
+
+
+@pytest.mark.parametrize("target", ["cpu-onnxruntime", "cpu-openvino"])
+def test_runnable_targets_end_verified_with_latency_and_accuracy_of_the_artifact(finished, target):
+    chosen = [row for row in rows(finished[1], target) if row.chosen]
+    assert len(chosen) == 1
+    row = chosen[0]
+    assert row.status is Status.VERIFIED
+    assert row.latency_ms is not None
+    assert row.latency_ms.min <= row.latency_ms.p50
+    assert row.speedup is not None
+    assert row.peak_rss_bytes is not None
+    assert row.top1 is not None
+    assert row.validation is not None
+    assert row.precision
+    tried = {other.recipe for other in rows(finished[1], target)}
+    assert len(tried) >= 2, "int8 and fp32 were both to be tried"
+
+
+def test_tensorrt_is_built_and_says_why_it_did_not_run(finished):
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is an optional extra")
+    out, report = finished
+    found = rows(report, "rtx-desktop")
+    assert found
+    for row in found:
+        if row.status is Status.VERIFIED:
+            continue
+        assert row.status is Status.BUILT_NOT_RUN
+        assert "CUDA" in row.reason
+        assert row.layer_types
+        artifact = Artifact.load(out / row.artifact)
+        assert artifact.path.suffix == ".engine"
+        assert artifact.size_bytes > 1000
+
+
+def test_the_folder_is_the_whole_record(finished):
+    out, report = finished
+    for name in ("plan.json", "report.json", "report.md", "report.html", "model_card.md", "graph/model.onnx", "graph/sidecar.json"):
+        assert (out / name).is_file(), name
+    assert read_report(out / "report.json") == report
+    fields = json.loads((out / "report.json").read_text())
+    assert fields["schema_version"] == 1
+    assert {"model", "params", "top1"} <= fields["teacher"].keys()
+    assert not list((out / ".scratch").iterdir())
+
+
+def test_running_again_redoes_nothing_but_measurements(finished):
+    out, before = finished
+    keys = {manifest.stage: (manifest.key, manifest.finished_at) for manifest in manifests(out)}
+    again = compress_and_export(small_plan(), out, Quiet())
+    assert all(timing.reused for timing in again.stages)
+    assert {manifest.stage: (manifest.key, manifest.finished_at) for manifest in manifests(out)} == keys
+    assert again.targets[0].measurement.measured_at >= before.targets[0].measurement.measured_at
+    assert again.student == before.student
+
+
+def test_another_plan_in_the_same_folder_is_refused_and_told_apart(finished):
+    with pytest.raises(PlanError, match=r"distill\.epochs was 2, is 3"):
+        compress_and_export(small_plan("distill.epochs=3"), finished[0], Quiet())
+
+
+def test_an_altered_artifact_is_named_and_built_again(finished):
+    out, report = finished
+    row = next(row for row in report.targets if row.target == "cpu-onnxruntime" and row.recipe == "fp32")
+    path = Artifact.load(out / row.artifact).path
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    again = compress_and_export(small_plan(), out, Quiet())
+    assert any(path.name in notice and "altered" in notice for notice in again.notices)
+    assert next(r for r in again.targets if r.recipe == "fp32" and r.target == row.target).sha256 == row.sha256
+
+
+def test_required_targets_decide_success(finished):
+    report = finished[1]
+    assert failures(small_plan(), report) == []
+    assert failures(small_plan("required=['rtx-desktop']"), report) or any(r.chosen for r in rows(report, "rtx-desktop"))
+
+
+@pytest.mark.parametrize("verb", ["quantize", "verify", "profile"])
+def test_verbs_work_on_a_finished_run(finished, verb):
+    command = [
+        sys.executable,
+        "-m",
+        "fofa_deploy",
+        verb,
+        str(finished[0]),
+        "--profile",
+        "cpu-onnxruntime",
+        "--recipe",
+        "fp32",
+        "--json",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [row["recipe"] for row in found] == ["fp32"]
+    assert found[0]["status"] == "verified"
+
+
+@pytest.mark.parametrize("verb", ["quantize", "profile"])
+def test_verbs_take_a_ready_made_onnx_file(finished, tmp_path, verb):
+    images = photographs(tmp_path)
+    file = tmp_path / "mine.onnx"
+    file.write_bytes((finished[0] / "graph" / "model.onnx").read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "fofa_deploy",
+        verb,
+        str(file),
+        "--profile",
+        "cpu-onnxruntime",
+        "--images",
+        str(images),
+        "--json",
+    ]
+    done = subprocess.run([*command, "--recipe", "fp32"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)[0]["golden"]["relative_error"] < 1e-4
+
+
+def test_export_takes_a_ready_made_checkpoint(finished, tmp_path):
+    images = photographs(tmp_path)
+    arguments = "student.arguments={patch_size=4,embed_dim=32,depth=2,num_heads=2}"
+    weights = str(finished[0] / "student" / "weights.safetensors")
+    model = ["--model", "timm:vit_tiny_patch16_224", "--classes", "10", "--images", images, "--out", tmp_path / "run"]
+    size = ["--set", "data.image_size=16", "--set", "data.channels=1", "--set", arguments]
+    done = fofa_deploy("export", weights, *model, *size)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_file()
+
+
+def test_sigkill_while_distilling_and_the_same_command_finishes(tmp_path):
+    out = tmp_path / "run"
+    sets = [part for text in (*SMALL, "distill.epochs=3", "distill.checkpoint_seconds=0.01") for part in ("--set", text)]
+    command = [sys.executable, "-m", "fofa_deploy", "distill", "demo", "--out", str(out), "--quiet", *sets]
+    child = subprocess.Popen(command)
+    deadline = time.monotonic() + 240
+    while not list(out.glob(".scratch/student-*/checkpoints/*.sha256")) and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (out / "student").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (out / "student" / "weights.safetensors").is_file()
+
+
+# --- a back end from another distribution ---------------------------------------------------------------------
+
+BACKEND = '''
+from fofa_exporters.reference import FP32, ReferenceBackend, ReferenceSession
+
+
+class MadeUpBackend:
+    """Shares nothing with the core but the seam; its kernels are borrowed from the numpy evaluator."""
+
+    name = "made-up"
+    precisions = ReferenceBackend.precisions
+
+    def probe(self, profile):
+        return ReferenceBackend().probe(profile)
+
+    def recipes(self, profile, graph):
+        return [FP32.model_copy(update={"name": "fp32-made-up"})]
+
+    def build(self, graph, recipe, calibration, out):
+        artifact = ReferenceBackend().build(graph, recipe, calibration, out)
+        renamed = artifact.model_copy(update={"backend": self.name})
+        (out / "artifact.json").write_text(renamed.model_dump_json(indent=1))
+        return renamed
+
+    def load(self, artifact, profile):
+        return ReferenceBackend().load(artifact, profile)
+'''
+
+PROFILE = """
+name = "made-up-board"
+description = "A device that nobody has"
+runtime = "made-up"
+precisions = ["fp32"]
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A distribution of its own, installed by lying on the path, and its hardware profile."""
+    folder = tmp_path / "site"
+    metadata = folder / "made_up-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (folder / "made_up.py").write_text(BACKEND)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[fofa_deploy.backends]\nmade-up = made_up:MadeUpBackend\n")
+    profile = tmp_path / "made-up-board.toml"
+    profile.write_text(textwrap.dedent(PROFILE))
+    return {**os.environ, "PYTHONPATH": str(folder)}, profile
+
+
+def test_a_fourth_back_end_runs_through_the_pipeline(finished, elsewhere):
+    environment, profile = elsewhere
+    done = fofa_deploy("profile", finished[0], "--profile", profile, "--json", env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(row["recipe"], row["status"], row["chosen"]) for row in found] == [("fp32-made-up", "verified", True)]
+
+
+def test_a_fourth_back_end_runs_through_the_contract_suite(elsewhere):
+    suite = Path(__file__).parent / "exporters" / "test_contract.py"
+    command = [sys.executable, "-m", "pytest", str(suite), "-q", "-k", "made-up", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=elsewhere[0], cwd=suite.parents[2])
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+    assert " failed" not in done.stdout
+
+
+def test_every_verb_is_a_module():
+    for name in cli.list_commands(None):
+        assert cli.get_command(None, name).name == name
