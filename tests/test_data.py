@@ -128,6 +128,13 @@ def test_augmentation_does_not_depend_on_the_order_of_visit(digits):
     assert not np.array_equal(augmented(digits.train, np.arange(64), plan, 1, 3), whole)
 
 
+def test_augmentation_belongs_to_the_image_and_not_to_its_place(digits):
+    plan = digits_plan(shift=2, flip=True, scale=0.5)
+    moved = Split(digits.train.source, digits.train.indices[32:])
+    whole = augmented(digits.train, np.arange(64), plan, 1, 2)
+    assert np.array_equal(augmented(moved, np.arange(32), plan, 1, 2), whole[32:])
+
+
 def test_each_augmentation_does_what_it_says(digits):
     first, plain = np.arange(64), digits.train.source.images(digits.train.indices[:64])
     assert np.array_equal(augmented(digits.train, first, digits_plan(), 0, 0), plain)

@@ -78,7 +78,7 @@ def test_the_slower_runtime_is_slower(measured):
     assert reference.latency_ms.min > onnxruntime.latency_ms.min
 
 
-def test_blocks_alternate(candidates, monkeypatch):
+def test_blocks_alternate_in_an_order_that_changes(candidates, monkeypatch):
     calls = []
     real = module.Child.call
 
@@ -94,6 +94,7 @@ def test_blocks_alternate(candidates, monkeypatch):
     rounds = [calls[i : i + 2] for i in range(0, 8, 2)]
     assert all(set(pair) == set(calls) for pair in rounds)
     assert len(set(calls)) == 2
+    assert len({tuple(pair) for pair in rounds}) == 2
 
 
 def test_how_many_runs_a_percentile_needs():
@@ -167,6 +168,12 @@ def test_peak_memory_is_the_childs_own(candidates):
     (found,) = measure([candidates["reference"]], PLAN, LIMITS, 0, Quiet())
     assert peak_rss_bytes() > ballast.nbytes
     assert 10 << 20 < found.peak_rss_bytes < ballast.nbytes
+
+
+def test_memory_that_was_only_asked_for_does_not_count():
+    before = peak_rss_bytes()
+    untouched = np.empty(2 << 30, np.uint8)
+    assert peak_rss_bytes() - before < untouched.nbytes // 4
 
 
 def test_nothing_to_measure_is_no_error():

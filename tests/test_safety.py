@@ -201,7 +201,8 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_a_folder_to_go_on_in(tmp_path):
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    # Where the signal hits code that an import is exec()ing, CPython dies of it in the end; a shell calls that 130 too.
+    assert process.returncode in (130, -signal.SIGINT), err
     assert "Traceback" not in err
     assert "again" in err.splitlines()[-1]
     assert out == ""

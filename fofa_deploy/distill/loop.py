@@ -53,7 +53,8 @@ class _Batches(Dataset[Batch]):
     def __getitem__(self, number: int) -> Batch:
         positions = self._batches[number]
         images = augmented(self._data.train, positions, self._data.plan, self._seed, self._epoch)
-        return np.ascontiguousarray(images), self._data.train.labels[positions]
+        # A copy in C order: ascontiguousarray keeps odd strides of a single channel, which make torch pick another kernel.
+        return images.copy(order="C"), self._data.train.labels[positions]
 
 
 class Trainer:
