@@ -92,10 +92,18 @@ class TrainPlan(Frozen):
     workers: NonNegativeInt = Field(default=0, description="data loader processes")
     checkpoint_seconds: PositiveFloat = Field(default=60.0, description="longest time that a kill can cost")
 
+    def decisive(self) -> dict[str, Any]:
+        """The fields that decide a result, and so a stage's key."""
+        return self.model_dump(exclude={"workers", "checkpoint_seconds"})
+
 
 class TeacherPlan(ModelPlan):
     floor_top1: Fraction | None = Field(default=None, description="least validation accuracy; default: 3x chance, at most 0.9")
     fit: TrainPlan | None = Field(default=None, description="train it first, when it comes without weights")
+
+    def decisive(self) -> dict[str, Any]:
+        """The fields that decide the weights."""
+        return {**self.model_dump(exclude={"floor_top1", "fit"}), "fit": self.fit and self.fit.decisive()}
 
 
 class FofaPlan(Frozen):
@@ -314,4 +322,5 @@ def ready_made(checkpoint: Path, model: str, classes: int, images: Path, overrid
     }
     for assignment in overrides:
         override(data, assignment)
+    _anchor(data, Path.cwd())
     return validate(data, RunPlan, "the command line")

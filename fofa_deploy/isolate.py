@@ -87,6 +87,10 @@ class Child:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
             reply = self._read_reply()
+        except BrokenPipeError as error:
+            problem = ChildError(f"{self._target} {self._ending()}", "the other targets go on without it")
+            self.close()
+            raise problem from error
         except BaseException:
             self.close()
             raise

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import sys
 from difflib import get_close_matches
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,7 @@ def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[
 def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
     import timm
 
-    if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), n=3)
-        raise ModelError(f"timm has no model {name!r}", f"did you mean {', '.join(near)}?" if near else "see timm.list_models()")
+    _check_timm(name)
     config = timm.get_pretrained_cfg(name)
     fixed: dict[str, Any] = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
     arguments = {**fixed, **plan.arguments}
@@ -49,8 +49,18 @@ def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_s
     return model
 
 
+def _check_timm(name: str) -> None:
+    import timm
+
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=3)
+        raise ModelError(f"timm has no model {name!r}", f"did you mean {', '.join(near)}?" if near else "see timm.list_models()")
+
+
 def _resolve(reference: str) -> Any:  # noqa: ANN401 - the user's callable
     module, _, attribute = reference.partition(":")
+    if str(Path.cwd()) not in sys.path:  # as python -m does, and the console script does not
+        sys.path.append(str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
@@ -59,6 +69,25 @@ def _resolve(reference: str) -> Any:  # noqa: ANN401 - the user's callable
     if not callable(function):
         raise ModelError(f"model {reference!r} is not callable", "name a function or class that returns a torch.nn.Module")
     return function
+
+
+def code_identity(plan: ModelPlan) -> object:
+    """What defines the model beside its plan: timm's version, or the file of the user's own module."""
+    kind, _, _ = plan.model.partition(":")
+    if kind == "timm":
+        return version("timm")
+    _resolve(plan.model)
+    origin = getattr(sys.modules[kind], "__file__", None)
+    return Path(origin) if origin else kind
+
+
+def find_model(plan: ModelPlan) -> None:
+    """Raise ModelError, naming the nearest, unless the plan's model name resolves."""
+    kind, _, name = plan.model.partition(":")
+    if kind == "timm":
+        _check_timm(name)
+    else:
+        _resolve(plan.model)
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -6,29 +6,30 @@ running the same command again resumes, and a finished run redoes nothing but me
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from fofa_deploy import __version__, environment
 from fofa_deploy.capture import capture, write_expected
-from fofa_deploy.config import ModelPlan, RunPlan, TeacherPlan, load_plan
+from fofa_deploy.config import AccuracyPlan, ModelPlan, RunPlan, TeacherPlan, load_plan
 from fofa_deploy.data import Data, load_data, preprocessing, scan, write_split
-from fofa_deploy.distill.job import WEIGHTS, Workshop, read_curve, read_notices, read_summary
-from fofa_deploy.errors import BackendError, PlanError
+from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_notices, read_summary
+from fofa_deploy.errors import BackendError, FofaError, PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.measure import Candidate
+from fofa_deploy.models import code_identity, find_model
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Progress
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
 from fofa_deploy.store import Store, write_atomic
 from fofa_deploy.tune import Evidence, Settings, Tuner
-from fofa_deploy.types import Execution, Graph, Status
+from fofa_deploy.types import Graph, Status
 from fofa_deploy.verify import GraphCheck
 
 PLAN = "plan.json"
@@ -41,16 +42,29 @@ REFERENCE = "cpu-onnxruntime"
 class Run:
     """One run directory being filled. Every stage is a property: its folder, made at most once.
 
+    Args:
+        stored: take every stage as it was finished before, whatever became of its inputs; needs neither data nor training.
+
     Raises (on any access):
         FofaError: what the stage raises; nothing half-done is left.
     """
 
-    def __init__(self, plan: RunPlan, store: Store, progress: Progress) -> None:
-        self.plan, self.store, self.progress = plan, store, progress
+    def __init__(self, plan: RunPlan, store: Store, progress: Progress, stored: bool = False) -> None:
+        self.plan, self.store, self.progress, self._stored = plan, store, progress, stored
+        self.notices: list[str] = []
         self.profiles = [find_profile(name) for name in plan.targets]
         if len({profile.name for profile in self.profiles}) < len(self.profiles):
             raise PlanError("two targets have the same name", "list each profile once, and give copies a name of their own")
-        torch.set_num_threads(plan.threads or Execution().thread_count)
+        if not stored:
+            for model in filter(None, (plan.teacher, plan.student)):
+                find_model(model)
+
+    def _stage(
+        self, stage: str, inputs: Callable[[], Mapping[str, object]], work: Callable[[Path], None], *, resumable: bool = False
+    ) -> Path:
+        if self._stored:
+            return self.store.existing(stage)
+        return self.store.run(stage, inputs(), work, resumable=resumable)
 
     @cached_property
     def data(self) -> Data:
@@ -59,49 +73,68 @@ class Run:
 
     @cached_property
     def workshop(self) -> Workshop:
-        return Workshop(self.data, self.plan.seed, self.progress)
+        return Workshop(self.data, self.plan.seed, self.plan.threads, self.progress)
 
     @cached_property
     def splits(self) -> Path:
         """validation/, test/ and calibration/: what children read. Every image has been decoded once by then."""
-        data, sizes = self.data, self.plan.verify
-        parts = {
-            "validation": data.validation.head(sizes.samples),
-            "test": data.test.head(sizes.samples),
-            "calibration": data.train.head(sizes.calibration),
-        }
+        sizes = self.plan.verify
 
         def work(out: Path) -> None:
-            scan(data.train, self.progress)
-            for name, split in parts.items():
-                write_split(split, out / name, self.progress, name)
+            data = self.data
+            for name, split in (("training", data.train), ("validation", data.validation), ("test", data.test)):
+                scan(split, self.progress, name)
+            write_split(data.validation.head(sizes.samples), out / "validation", self.progress, "validation")
+            write_split(data.test.head(sizes.samples), out / "test", self.progress, "test")
+            write_split(data.train.head(sizes.calibration), out / "calibration", self.progress, "calibration")
 
-        return self.store.run("data", {"data": data.digest, "sizes": sizes}, work)
+        return self._stage("data", lambda: {"data": self.data.digest, "sizes": sizes}, work)
 
     @cached_property
     def teacher(self) -> tuple[TeacherPlan, Path] | None:
-        """The teacher's plan, and the folder with its weights, training curve and accuracy."""
+        """The teacher's plan, and the folder with its weights, training curve and accuracy.
+
+        Raises:
+            TrainingError: it misses its floor; its weights are kept.
+        """
         plan = self.plan.teacher
         if plan is None:
             return None
-        inputs = {"teacher": plan, "data": self.data.digest, "seed": self.plan.seed, "splits": self.splits}
-        return plan, self.store.run("teacher", inputs, lambda out: self.workshop.fit(plan, out), resumable=True)
+
+        def inputs() -> dict[str, object]:
+            return {"teacher": plan.decisive(), "code": code_identity(plan), "data": self.data.digest, "seed": self.plan.seed}
+
+        folder = self._stage("teacher", inputs, lambda out: self._after_scan.fit(plan, out), resumable=True)
+        if not self._stored:
+            check_floor(plan, read_summary(folder), len(self.data.class_names))
+        return plan, folder
+
+    @property
+    def _after_scan(self) -> Workshop:
+        """The workshop, once every image is known to be readable."""
+        _ = self.splits
+        return self.workshop
 
     @cached_property
     def student(self) -> Path:
         """The folder with the student's weights, training curve and accuracy."""
         plan, teacher = self.plan, self.teacher
-        inputs = {
-            "student": plan.student,
-            "distill": plan.distill,
-            "data": self.data.digest,
-            "seed": plan.seed,
-            "splits": self.splits,
-            "teacher": (teacher[0], teacher[1] / WEIGHTS) if teacher else None,
-        }
-        return self.store.run(
-            "student", inputs, lambda out: self.workshop.distill(plan.student, plan.distill, out, teacher), resumable=True
-        )
+
+        def inputs() -> dict[str, object]:
+            taught = teacher and {"weights": teacher[1] / WEIGHTS, "taps": teacher[0].taps, "code": code_identity(teacher[0])}
+            return {
+                "student": plan.student,
+                "code": code_identity(plan.student),
+                "distill": plan.distill and plan.distill.decisive(),
+                "data": self.data.digest,
+                "seed": plan.seed,
+                "teacher": taught,
+            }
+
+        def work(out: Path) -> None:
+            self._after_scan.distill(plan.student, plan.distill, out, teacher)
+
+        return self._stage("student", inputs, work, resumable=True)
 
     @cached_property
     def graph(self) -> Path:
@@ -109,12 +142,9 @@ class Run:
         return self._capture("graph", self.plan.student, self.student)
 
     def _capture(self, stage: str, plan: ModelPlan, folder: Path) -> Path:
-        inputs = {
-            "weights": folder / WEIGHTS,
-            "model": plan,
-            "data": self.data.digest,
-            "versions": environment.package_versions(("torch", "onnx", "onnxscript", "onnxruntime")),
-        }
+        def inputs() -> dict[str, object]:
+            versions = environment.package_versions(("torch", "onnx", "onnxscript", "onnxruntime"))
+            return {**self._model_inputs(plan, folder), "data": self.data.digest, "versions": versions}
 
         def work(out: Path) -> None:
             self.progress.say(f"capture {plan.model}")
@@ -123,7 +153,12 @@ class Run:
             check = GraphCheck(folder=out, profile=find_profile(REFERENCE))
             run_isolated("fofa_deploy.verify:check_graph", check, Comparison, seconds=self.plan.limits.run_seconds)
 
-        return self.store.run(stage, inputs, work)
+        return self._stage(stage, inputs, work)
+
+    def _model_inputs(self, plan: ModelPlan, folder: Path) -> dict[str, object]:
+        """All that decides a trained model's outputs."""
+        made_of = {"model": plan.model, "arguments": plan.arguments, "code": code_identity(plan)}
+        return {"weights": folder / WEIGHTS, "model": made_of, "preprocessing": preprocessing(self.plan.data)}
 
     @cached_property
     def expected(self) -> Path:
@@ -131,51 +166,69 @@ class Run:
         return self._expected("expected", self.plan.student, self.student)
 
     def _expected(self, stage: str, plan: ModelPlan, folder: Path) -> Path:
-        splits = {name: getattr(self.data, name).head(self.plan.verify.samples) for name in ("validation", "test")}
-        inputs = {"weights": folder / WEIGHTS, "model": plan, "splits": self.splits}
+        def inputs() -> dict[str, object]:
+            versions = environment.package_versions(("torch",))
+            return {**self._model_inputs(plan, folder), "splits": self.splits, "versions": versions}
 
         def work(out: Path) -> None:
             self.progress.say(f"run {plan.model} in PyTorch")
+            splits = {name: getattr(self.data, name).head(self.plan.verify.samples) for name in ("validation", "test")}
             write_expected(self.workshop.load(plan, folder), splits, preprocessing(self.plan.data), out)
 
-        return self.store.run(stage, inputs, work)
+        return self._stage(stage, inputs, work)
 
     @cached_property
-    def reference(self) -> tuple[TargetRow, Candidate]:
-        """The model to beat, as an artifact: the teacher, or where there is none the student itself, fp32 on ONNX Runtime."""
+    def reference(self) -> tuple[TargetRow, Candidate] | None:
+        """The model to beat, as an artifact: the teacher, or where there is none the student itself, fp32 on ONNX Runtime.
+
+        None, with a notice, where it cannot be had: the targets do not need it.
+        """
         plan, folder = self.teacher or (self.plan.student, self.student)
-        graph = self._capture("reference/graph", plan, folder) if self.teacher else self.graph
-        expected = self._expected("reference/expected", plan, folder) if self.teacher else self.expected
+        try:
+            graph = self._capture("reference/graph", plan, folder) if self.teacher else self.graph
+            expected = self._expected("reference/expected", plan, folder) if self.teacher else self.expected
+            return self._reference_artifact(plan, graph, expected)
+        except (StageError, UserError, UnavailableError) as error:
+            self.notices.append(f"no reference to compare with: {error.message}")
+            return None
+
+    def _reference_artifact(self, plan: ModelPlan, graph: Path, expected: Path) -> tuple[TargetRow, Candidate]:
         evidence = Evidence(graph / "golden.npz", self.splits, expected, self.plan.data.labelled)
         profile = find_profile(REFERENCE).model_copy(update={"name": "reference"})
-        tuner = Tuner(self.store, graph, evidence, None, self._settings("fp32"), self.progress)
+        # Held to PyTorch alone: the plan's accuracy budget is the student's.
+        settings = replace(self._settings("fp32"), accuracy=AccuracyPlan(), build=not self._stored)
+        tuner = Tuner(self.store, graph, evidence, None, settings, self.progress)
         row = tuner.attempt(profile)[0]
         if row.status is not Status.VERIFIED:
-            raise BackendError(f"the reference does not run on ONNX Runtime: {row.reason}", "run fofa-deploy doctor")
+            raise BackendError(f"it does not run on ONNX Runtime: {row.reason}", "run fofa-deploy doctor")
         description = f"{plan.model}, fp32 on ONNX Runtime"
         return tuner.tested(profile, row.model_copy(update={"description": description})), tuner.candidate(profile, row)
 
-    def tuner(self, recipe: str | None = None, fresh: bool = False, timed: bool = True) -> Tuner:
-        """For all recipes or one; ``fresh`` verifies again; without ``timed`` there is no reference to race against."""
+    def tuner(self, recipe: str | None = None, *, fresh: bool = False, build: bool = True, timed: bool = True) -> Tuner:
+        """For all recipes or one. ``fresh`` verifies again, without ``build`` only what has been built is looked at, and
+        without ``timed`` there is no reference to race against."""
         evidence = Evidence(self.graph / "golden.npz", self.splits, self.expected, self.plan.data.labelled)
-        settings = self._settings(recipe, fresh)
-        reference = self.reference[1] if timed else None
+        settings = replace(self._settings(recipe), fresh=fresh, build=build)
+        reference = self.reference[1] if timed and self.reference else None
         return Tuner(self.store, self.graph, evidence, self.splits / "calibration", settings, self.progress, reference)
 
-    def targets(self) -> tuple[list[TargetRow], TargetRow]:
+    def targets(self) -> tuple[list[TargetRow], TargetRow | None]:
         """One row per target and recipe; and the reference's row, with what it took beside the first target."""
         tuner = self.tuner()
         rows = [row for profile in self.profiles for row in tuner.tune(profile)]
+        if self.reference is None:
+            return rows, None
         timed = tuner.reference_timings[0] if tuner.reference_timings else {}
         return rows, self.reference[0].model_copy(update=timed)
 
-    def _settings(self, recipe: str | None = None, fresh: bool = False) -> Settings:
+    def _settings(self, recipe: str | None = None) -> Settings:
         plan = self.plan
-        return Settings(plan.accuracy, plan.measure, plan.limits, plan.budget, plan.seed, recipe, fresh)
+        return Settings(plan.accuracy, plan.measure, plan.limits, plan.budget, plan.seed, recipe)
 
-    def report(self, rows: Sequence[TargetRow], reference: TargetRow) -> RunReport:
+    def report(self, rows: Sequence[TargetRow], reference: TargetRow | None) -> RunReport:
         """Write report.json, report.md, report.html and model_card.md into the run directory."""
         teacher = self.teacher[1] if self.teacher else None
+        folder = shlex.quote(self.store.root.resolve().name)
         trained = {"teacher": read_curve(teacher) if teacher else (), "student": read_curve(self.student)}
         report = RunReport(
             name=self.plan.name,
@@ -190,9 +243,9 @@ class Run:
             curves={name: curve for name, curve in trained.items() if curve},
             environment=environment.describe(),
             stages=tuple(self.store.timings),
-            notices=(*read_notices(self.student), *self.store.notices),
+            notices=(*read_notices(self.student), *self.notices, *self.store.notices),
             sidecar=Graph.load(self.graph).sidecar,
-            command=f"fofa-deploy compress-and-export {PLAN} --out {self.store.root.name}",
+            command=f"fofa-deploy compress-and-export {folder}/{PLAN} --out {folder}",
         )
         write_report(report, self.store.root)
         return report
@@ -210,12 +263,11 @@ def record_plan(store: Store, plan: RunPlan, force: bool) -> None:
         PlanError: the directory belongs to another plan; says what differs.
     """
     path = store.root / PLAN
-    text = plan.model_dump_json(indent=1)
-    if path.is_file() and path.read_text() != text and not force:
-        changes = _differences(load_plan(str(path)).model_dump(), plan.model_dump())
+    if path.is_file() and not force and not store.untouched and (before := load_plan(str(path))) != plan:
+        changes = _differences(before.model_dump(), plan.model_dump())
         action = "choose another --out, or --force to go on here: stages that the change does not touch are kept"
         raise PlanError(f"{store.root} was made from another plan: {'; '.join(changes)}", action)
-    write_atomic(path, text.encode())
+    write_atomic(path, plan.model_dump_json(indent=1).encode())
 
 
 def _differences(before: object, after: object, where: str = "") -> list[str]:
@@ -234,8 +286,9 @@ def opened(plan: RunPlan, out: Path, progress: Progress, force: bool = False) ->
         PlanError: the directory belongs to another plan, and ``force`` was not given.
     """
     with Store(out) as store:
+        run = Run(plan, store, progress)
         record_plan(store, plan, force)
-        yield Run(plan, store, progress)
+        yield run
 
 
 def compress_and_export(plan: RunPlan, out: Path, progress: Progress, force: bool = False) -> RunReport:
@@ -248,25 +301,37 @@ def compress_and_export(plan: RunPlan, out: Path, progress: Progress, force: boo
         return run.report(*run.targets())
 
 
-def reopened(out: Path, progress: Progress) -> AbstractContextManager[Run]:
+@contextmanager
+def reopened(out: Path, progress: Progress, *, stored: bool) -> Iterator[Run]:
     """A run directory by itself, with the plan it was made from.
+
+    Args:
+        stored: take its stages as they were finished; neither the data nor a training is needed then.
 
     Raises:
         PlanError: ``out`` is not a run directory.
     """
     path = out / PLAN
     if not path.is_file():
-        raise PlanError(
-            f"{out} is not a run directory: it has no {PLAN}", "make one: fofa-deploy compress-and-export PLAN --out DIR"
-        )
-    return opened(load_plan(str(path)), out, progress)
+        action = "make one: fofa-deploy compress-and-export PLAN --out DIR"
+        raise PlanError(f"{out} is not a run directory: it has no {PLAN}", action)
+    with Store(out) as store:
+        yield Run(load_plan(str(path)), store, progress, stored)
 
 
-def failures(plan: RunPlan, report: RunReport) -> list[str]:
+def failures(plan: RunPlan, report: RunReport) -> list[FofaError]:
     """Why a finished run is not a success: required targets without a chosen artifact, or no target with anything to show."""
-    chosen = {row.target for row in report.targets if row.chosen}
-    names = [find_profile(name).name for name in plan.required]
-    problems = [f"required target {name} has no verified artifact" for name in names if name not in chosen]
+    required = [find_profile(name).name for name in plan.required]
+    rows = {target: [row for row in report.targets if row.target == target] for target in {r.target for r in report.targets}}
+    found = [_failure(target, rows.get(target, [])) for target in required if not any(r.chosen for r in rows.get(target, []))]
     if not any(row.status in (Status.VERIFIED, Status.BUILT_NOT_RUN) for row in report.targets):
-        problems.append("no target could be built")
-    return problems
+        found.append(_failure("every target", report.targets))
+    return found
+
+
+def _failure(target: str, rows: Sequence[TargetRow]) -> FofaError:
+    """Not available here, or tried and found wanting: the exit codes differ."""
+    reasons = "; ".join(dict.fromkeys(f"{row.recipe} {row.status} ({row.reason})" for row in rows)) or "not tried"
+    away = all(row.status in (Status.SKIPPED, Status.BUILT_NOT_RUN) for row in rows)
+    kind: type[FofaError] = UnavailableError if away else StageError
+    return kind(f"no verified artifact for {target}: {reasons}", "see the report for every recipe that was tried")

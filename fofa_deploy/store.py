@@ -24,11 +24,12 @@ from typing import Self
 from pydantic import BaseModel, ValidationError
 
 from fofa_deploy import __version__
-from fofa_deploy.errors import LockedError, UserError
+from fofa_deploy.errors import IntegrityError, LockedError, UserError
 from fofa_deploy.results import StageTiming
 from fofa_deploy.types import FileRecord, Frozen, digest_file
 
 MANIFEST = "manifest.json"
+ALTERED = "altered"
 
 
 class Manifest(Frozen):
@@ -156,15 +157,37 @@ class Store:
         key = digest({"stage": stage, "version": version, "inputs": digests})
         final = self.root / stage
         why = self._why(final, key, version, digests)
+        if why.startswith(ALTERED) and resumable:
+            raise IntegrityError(f"{final}: {why}", f"put the file back, or remove {final} to make it again")
         if why:
             scratch = self._scratch(stage, key, resumable)
             if not _finished(scratch):
-                work(scratch)
+                self._work(work, scratch, resumable)
                 _write_manifest(scratch, stage, version, key, digests, why, time.monotonic() - started)
             self._publish(scratch, final)
         seconds = round(time.monotonic() - started, 3)
         self.timings.append(StageTiming(stage=stage, seconds=seconds, reused=not why, why=why or "same inputs as before"))
         return final
+
+    def existing(self, stage: str) -> Path:
+        """The stage's folder as it was published, for whatever inputs.
+
+        Raises:
+            IntegrityError: it was never finished, or a file is not the one that was recorded.
+        """
+        final = self.root / stage
+        manifest = _read_manifest(final)
+        if manifest is None:
+            raise IntegrityError(f"{final} is not a finished stage", "finish the run first, with the command that made it")
+        for record in manifest.files:
+            if not _intact(final, record):
+                raise IntegrityError(f"{final / record.path} is missing or altered since it was written", "finish the run again")
+        return final
+
+    @property
+    def untouched(self) -> bool:
+        """Whether no stage has been finished or begun here."""
+        return not any(self.root.glob(f"*/{MANIFEST}")) and not (self.root / ".scratch").exists()
 
     def _why(self, final: Path, key: str, version: int, digests: Mapping[str, str]) -> str:
         """Why the stage has to run; empty when its stored result is whole and of the same inputs."""
@@ -177,8 +200,16 @@ class Store:
         altered = [r.path for r in manifest.files if not _intact(final, r)]
         if altered:
             self.notices.append(f"{final / altered[0]} is missing or altered since it was written; {manifest.stage} runs again")
-            return f"altered: {', '.join(altered)}"
+            return f"{ALTERED}: {', '.join(altered)}"
         return ""
+
+    def _work(self, work: Callable[[Path], None], scratch: Path, resumable: bool) -> None:
+        try:
+            work(scratch)
+        except BaseException:
+            if not resumable:
+                shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
     def _scratch(self, stage: str, key: str, resumable: bool) -> Path:
         scratch = self.root / ".scratch" / f"{stage.replace('/', '--')}-{key[:16]}"

@@ -98,6 +98,8 @@ class Settings:
     recipe: str | None = None
     fresh: bool = False
     """Verify again what has been verified before."""
+    build: bool = True
+    """False: only what has been built before, as it is."""
 
 
 class Tuner:
@@ -134,14 +136,15 @@ class Tuner:
         """Build and verify every recipe, without timing any."""
         try:
             offered = self._offer(profile)
-        except (UnavailableError, StageError) as error:
+        except (StageError, UserError, UnavailableError) as error:
             return [self._row(profile, None, Status.SKIPPED, error.message)]
         if not offered.probe.can_build:
             return [self._row(profile, None, Status.SKIPPED, offered.probe.reason)]
         recipes = [r for r in offered.recipes if self._settings.recipe in (None, r.name)]
         if not recipes:
             names = ", ".join(r.name for r in offered.recipes) or "none"
-            return [self._row(profile, None, Status.SKIPPED, f"no recipe fits the profile's precisions; offered: {names}")]
+            wanted = f"is named {self._settings.recipe!r}" if self._settings.recipe else "fits the profile's precisions"
+            return [self._row(profile, None, Status.SKIPPED, f"no recipe {wanted}; offered: {names}")]
         return [self._try(profile, recipe, offered.probe) for recipe in recipes]
 
     def _offer(self, profile: HardwareProfile) -> Offer:
@@ -166,6 +169,9 @@ class Tuner:
         return self._row(profile, recipe, status, reason or "inside the accuracy budget", artifact, found)
 
     def _build(self, profile: HardwareProfile, recipe: Recipe, probe: Probe) -> Artifact:
+        stage = f"artifacts/{profile.name}/{recipe.name}"
+        if not self._settings.build:
+            return Artifact.load(self._store.existing(stage))
         calibration = self._calibrated(recipe)
         inputs = {
             "graph": self._graph.path,
@@ -174,6 +180,7 @@ class Tuner:
             "profile": profile,
             "versions": probe.versions,
             "calibration": calibration.images if calibration else None,
+            "machine": environment.describe().fingerprint,
         }
 
         def work(out: Path) -> None:
@@ -181,7 +188,7 @@ class Tuner:
             limits = self._settings.limits
             run_isolated("fofa_deploy.tune:build", request, Built, seconds=limits.build_seconds, memory_bytes=limits.memory_bytes)
 
-        return Artifact.load(self._store.run(f"artifacts/{profile.name}/{recipe.name}", inputs, work))
+        return Artifact.load(self._store.run(stage, inputs, work))
 
     def _calibrated(self, recipe: Recipe) -> Calibration | None:
         if not recipe.needs_calibration:
@@ -268,7 +275,8 @@ class Tuner:
         best = min((r for r in judged if r.status is Status.VERIFIED and r.latency_ms), key=_p50, default=None)
         if best is None:
             return judged
-        facts = {"chosen": True, "reason": _why(best, judged), "other_batches": self._sweep(profile, best)}
+        others, problems = self._sweep(profile, best)
+        facts = {"chosen": True, "reason": "; ".join([_why(best, judged), *problems]), "other_batches": others}
         chosen = self.tested(profile, best).model_copy(update=facts)
         return [chosen if row.recipe == best.recipe else row for row in judged]
 
@@ -287,12 +295,17 @@ class Tuner:
         found = self._verify(profile, Artifact.load(self._store.root / str(row.artifact)), "test").whole
         return row.model_copy(update={"top1": found.top1, "top5": found.top5, "agreement": found.agreement}) if found else row
 
-    def _sweep(self, profile: HardwareProfile, row: TargetRow) -> tuple[Measurement, ...]:
-        """The chosen artifact at the profile's other batch sizes."""
+    def _sweep(self, profile: HardwareProfile, row: TargetRow) -> tuple[tuple[Measurement, ...], list[str]]:
+        """The chosen artifact at the profile's other batch sizes, and why some of them failed."""
         settings = self._settings
         candidates = [self.candidate(profile, row, batch) for batch in profile.execution.batch_sizes[1:]]
         found = measure(candidates, settings.measure, settings.limits, settings.seed, self._progress) if candidates else []
-        return tuple(m for m in found if isinstance(m, Measurement))
+        problems = [
+            f"batch {candidate.batch}: {_first_line(result)}"
+            for candidate, result in zip(candidates, found, strict=True)
+            if isinstance(result, FofaError)
+        ]
+        return tuple(m for m in found if isinstance(m, Measurement)), problems
 
     def _row(
         self,

@@ -291,7 +291,7 @@ def test_an_image_folder_is_read_through_timm(folder):
 
 def broken(split: Split) -> str:
     with pytest.raises(DataError) as caught:
-        scan(split, Quiet())
+        scan(split, Quiet(), "training")
     return caught.value.message
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,7 +141,58 @@ def test_an_altered_artifact_is_named_and_built_again(finished):
 def test_required_targets_decide_success(finished):
     report = finished[1]
     assert failures(small_plan(), report) == []
-    assert failures(small_plan("required=['rtx-desktop']"), report) or any(r.chosen for r in rows(report, "rtx-desktop"))
+    found = failures(small_plan("required=['rtx-desktop']"), report)
+    assert [error.exit_code for error in found] == [3] or any(row.chosen for row in rows(report, "rtx-desktop"))
+    rejected = [row.model_copy(update={"status": Status.REJECTED, "chosen": False}) for row in report.targets]
+    assert {error.exit_code for error in failures(small_plan(), report.model_copy(update={"targets": tuple(rejected)}))} == {1}
+
+
+def test_verify_names_an_altered_artifact_and_repairs_nothing(finished):
+    out, report = finished
+    row = next(row for row in report.targets if row.target == "cpu-openvino" and row.recipe == "fp32")
+    path = Artifact.load(out / row.artifact).path
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + b" ")
+    done = fofa_deploy("verify", out, "--profile", "cpu-openvino", "--recipe", "fp32", "--json")
+    assert done.returncode == 1
+    found = json.loads(done.stdout)[0]
+    assert found["status"] == "failed"
+    assert path.name in found["reason"]
+    assert path.read_bytes() == content[:-1] + b" "
+    path.write_bytes(content)
+
+
+def test_a_copied_run_is_verified_without_its_data(finished, tmp_path):
+    copy = tmp_path / "moved here"
+    shutil.copytree(finished[0], copy)
+    done = fofa_deploy("verify", copy, "--profile", "cpu-onnxruntime", "--json")
+    assert done.returncode == 0, done.stderr
+    assert all(row["status"] == "verified" for row in json.loads(done.stdout))
+
+
+def test_other_preprocessing_makes_new_expectations(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    sets = [part for text in (*SMALL, "data.mean=[0.1]") for part in ("--set", text)]
+    done = fofa_deploy("export", "demo", "--out", copy, "--force", "--quiet", *sets)
+    assert done.returncode == 0, done.stderr
+    before, after = ({m.stage: m.key for m in manifests(folder)} for folder in (finished[0], copy))
+    assert before["graph"] != after["graph"]
+
+
+def test_stages_one_by_one_end_in_a_report(tmp_path):
+    """The README's walk, on a small scale."""
+    out = tmp_path / "run"
+    sets = [part for text in (*SMALL, "targets=['cpu-onnxruntime']", "required=[]") for part in ("--set", text)]
+    for arguments in (
+        ("distill", "demo", "--out", out, *sets),
+        ("export", "demo", "--out", out, *sets),
+        ("quantize", out),
+        ("report", out),
+    ):
+        done = fofa_deploy(*arguments)
+        assert done.returncode == 0, (arguments, done.stderr)
+    assert read_report(out / "report.json").targets
 
 
 @pytest.mark.parametrize("verb", ["quantize", "verify", "profile"])

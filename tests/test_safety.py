@@ -133,7 +133,9 @@ def test_junk_is_no_onnx_file(tmp_path, content):
 def test_another_plan_in_the_same_folder_is_refused_and_says_what_changed(tmp_path):
     first, other = load_plan("demo"), load_plan("demo", ("seed=7", "distill.epochs=2"))
     with Store(tmp_path) as store:
-        record_plan(store, first, force=False)
+        record_plan(store, other, force=False)
+        record_plan(store, first, force=False)  # nothing has been made from the other one yet
+        store.run("data", {}, lambda out: None)
         record_plan(store, first, force=False)
         with pytest.raises(PlanError) as caught:
             record_plan(store, other, force=False)
@@ -148,7 +150,7 @@ def test_another_plan_in_the_same_folder_is_refused_and_says_what_changed(tmp_pa
 def test_a_damaged_plan_in_a_run_directory_is_named(tmp_path, content):
     (tmp_path / PLAN).write_text(content)
     with pytest.raises(PlanError, match=PLAN):
-        reopened(tmp_path, Quiet())
+        reopened(tmp_path, Quiet(), stored=True).__enter__()
     with Store(tmp_path) as store, pytest.raises(PlanError, match=PLAN):
         record_plan(store, load_plan("demo"), force=False)
 

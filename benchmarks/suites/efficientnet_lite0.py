@@ -10,15 +10,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-PHOTOGRAPHS = (
-    "astronaut.png",
-    "chelsea.png",
-    "coffee.png",
-    "rocket.jpg",
-    "motorcycle_left.png",
-    "hubble_deep_field.jpg",
-    "ihc.png",
-)
+TRAIN = ("astronaut.png", "coffee.png", "motorcycle_left.png", "retina.jpg", "china.jpg")
+TEST = ("chelsea.png", "rocket.jpg", "flower.jpg")
+"""Photographs of their own for testing: crops of one photograph resemble each other."""
+
 CROPS = 60
 """Crops per photograph."""
 
@@ -39,22 +34,22 @@ def write_weights(path: Path) -> None:
 
 
 def write_photographs(folder: Path, seed: int = 0) -> None:
-    """Seeded square crops, 40 to 100 % of the shorter side, of the photographs in scikit-image and scikit-learn."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Seeded square crops, 40 to 100 % of the shorter side, of photographs in scikit-image and scikit-learn: train/ and test/."""
     rng = np.random.default_rng(seed)
-    for source in _sources():
-        image = Image.open(source).convert("RGB")
-        for number in range(CROPS):
-            _crop(image, rng).save(folder / f"{source.stem}-{number:03d}.png")
+    for split, names in (("train", TRAIN), ("test", TEST)):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            image = Image.open(_find(name)).convert("RGB")
+            for number in range(CROPS):
+                _crop(image, rng).save(folder / split / f"{Path(name).stem}-{number:03d}.png")
 
 
-def _sources() -> list[Path]:
+def _find(name: str) -> Path:
     import skimage.data
     import sklearn.datasets
 
-    skimage_folder = Path(skimage.data.__file__).parent
-    sklearn_folder = Path(sklearn.datasets.__file__).parent / "images"
-    return [skimage_folder / name for name in PHOTOGRAPHS] + [sklearn_folder / "china.jpg", sklearn_folder / "flower.jpg"]
+    folders = Path(skimage.data.__file__).parent, Path(sklearn.datasets.__file__).parent / "images"
+    return next(folder / name for folder in folders if (folder / name).is_file())
 
 
 def _crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -142,6 +142,8 @@ def _model_rows(report: dict) -> list[Sequence[str]]:
     named = [(kind, report[kind]) for kind in ("teacher", "student") if report[kind]]
     rows = [(f"{kind}: {model['model']}", f"{model['params']:,}", _percent(model["top1"])) for kind, model in named]
     reference = report["reference"]
+    if reference is None:
+        return rows
     name = f"reference: {reference['description']}, p50 {_ms(reference)} ms, {_kib(reference)} KiB"
     return [*rows, (name, "", _percent(reference["top1"]))]
 
@@ -169,7 +171,7 @@ def _goal_row(goal: dict) -> Sequence[str]:
 
 def _headline(results: Sequence[dict]) -> list[str]:
     result = next((r for r in results if r["suite"] == "fashion-mnist"), None)
-    if result is None:
+    if result is None or result["report"]["reference"] is None:
         return []
     report, reference = result["report"], result["report"]["reference"]
     rows = [("teacher, fp32, ONNX Runtime", _percent(reference["top1"]), _kib(reference), _ms(reference), "1")]
@@ -181,7 +183,7 @@ def _headline(results: Sequence[dict]) -> list[str]:
                     _percent(row["top1"]),
                     _kib(row),
                     _ms(row),
-                    f"{row['speedup']:.1f}x",
+                    _factor(row),
                 )
             )
         elif row["status"] == "built-not-run":
@@ -200,12 +202,16 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.2%}"
 
 
+def _factor(row: dict) -> str:
+    return "" if row["speedup"] is None else f"{row['speedup']:.1f}x"
+
+
 def _kib(row: dict) -> str:
     return f"{row['size_bytes'] / 1024:.0f}"
 
 
 def _ms(row: dict) -> str:
-    return f"{row['latency_ms']['p50']:.3f}"
+    return "" if row["latency_ms"] is None else f"{row['latency_ms']['p50']:.3f}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -68,6 +68,12 @@ def cli() -> None:
     """
 
 
+def tell(error: FofaError) -> None:
+    """What is wrong and what to do next, on standard error."""
+    click.secho(f"error: {error.message}", fg="red", err=True)
+    click.echo(f"  -> {error.action}", err=True)
+
+
 def main() -> None:
     """Entry point: every error ends in a message and an exit code."""
     try:
@@ -79,10 +85,13 @@ def main() -> None:
         click.echo("interrupted; run the same command again to go on", err=True)
         sys.exit(130)
     except FofaError as error:
-        click.secho(f"error: {error.message}", fg="red", err=True)
-        click.echo(f"  -> {error.action}", err=True)
+        tell(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        click.secho(f"error: {error}", fg="red", err=True)
+        click.echo("  -> free space or mend permissions, then run the same command again to go on", err=True)
+        sys.exit(3)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fofa_deploy.cli import options
+from fofa_deploy.cli import options, tell
 
 
 @click.command(name="compress-and-export")
@@ -34,5 +34,5 @@ def command(plan: str, out: Path | None, overrides: tuple[str, ...], dry_run: bo
     outcome(report, out)
     problems = failures(resolved, report)
     for problem in problems:
-        click.secho(f"error: {problem}", fg="red", err=True)
-    sys.exit(3 if problems else 0)
+        tell(problem)
+    sys.exit(problems[0].exit_code if problems else 0)

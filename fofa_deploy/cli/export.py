@@ -35,6 +35,8 @@ def command(
     """
     from fofa_deploy.config import load_plan, ready_made
 
+    if model is None and (classes is not None or images is not None):
+        raise click.UsageError("--classes and --images go with a checkpoint and --model; a plan has its own")
     if model is None:
         plan = load_plan(source, overrides)
     elif classes is None or images is None:

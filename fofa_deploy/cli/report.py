@@ -10,12 +10,16 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def command(run: Path) -> None:
-    """Write report.html, report.md and model_card.md of RUN again from its report.json."""
-    from fofa_deploy.errors import DataError
+    """Write the reports of RUN again from its report.json; without one, measure what was built and write the first."""
     from fofa_deploy.report import read_report, write_report
 
     path = run / "report.json"
-    if not path.is_file():
-        raise DataError(f"{path} does not exist", "finish the run first: fofa-deploy compress-and-export PLAN --out DIR")
-    write_report(read_report(path), run)
+    if path.is_file():
+        write_report(read_report(path), run)
+    else:
+        from fofa_deploy.cli.show import progress
+        from fofa_deploy.pipeline import reopened
+
+        with reopened(run, progress(quiet=False), stored=False) as finished:
+            finished.report(*finished.targets())
     click.echo((run / "report.html").absolute())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,9 +36,13 @@ class Source:
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter("write numbers such as 0.5 or 0.485,0.456,0.406") from error
+        numbers = tuple(float(part) for part in value.split(","))
+    except ValueError:
+        numbers = ()
+    positive = param.name != "std" or all(number > 0 for number in numbers)
+    if len(numbers) not in (1, 3) or not all(map(math.isfinite, numbers)) or not positive:
+        raise click.BadParameter("write one number or three, such as 0.5 or 0.485,0.456,0.406; --std above 0")
+    return numbers
 
 
 def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,9 +77,9 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def open_source(
-    source: Source, progress: Progress, *, fresh: bool = False, timed: bool = False
+    source: Source, progress: Progress, *, fresh: bool = False, timed: bool = False, build: bool = True
 ) -> Iterator[tuple[Tuner, list[HardwareProfile]]]:
-    """A tuner for the source, and the profiles it is to be used with."""
+    """A tuner for the source, and the profiles it is to be used with. Without ``build`` a run's artifacts are taken as they are."""
     from fofa_deploy.profile import find_profile
 
     if source.path.is_file():
@@ -85,8 +90,11 @@ def open_source(
         return
     from fofa_deploy.pipeline import reopened
 
-    with reopened(source.path, progress) as run:
-        yield run.tuner(source.recipe, fresh, timed), [find_profile(source.profile)] if source.profile else run.profiles
+    if source.out or source.images:
+        raise click.UsageError(f"--out and --images go with an ONNX file; {source.path} is a run directory and has its own")
+    with reopened(source.path, progress, stored=not build) as run:
+        tuner = run.tuner(source.recipe, fresh=fresh, build=build, timed=timed)
+        yield tuner, [find_profile(source.profile)] if source.profile else run.profiles
 
 
 @contextmanager
@@ -103,7 +111,7 @@ def _open_onnx(source: Source, progress: Progress, fresh: bool) -> Iterator[Tune
 
 
 def finish(rows: list[TargetRow], as_json: bool) -> None:
-    """Show the rows; exit 1 when something failed or was rejected, 3 when nothing could be tried."""
+    """Show the rows; exit 1 when a target has nothing good to show, 3 when nothing could be tried."""
     import json
     import sys
 
@@ -114,5 +122,7 @@ def finish(rows: list[TargetRow], as_json: bool) -> None:
         click.echo(json.dumps([row.model_dump(mode="json") for row in rows], indent=1, allow_nan=False))
     else:
         target_rows(rows)
-    statuses = {row.status for row in rows}
-    sys.exit(3 if statuses <= {Status.SKIPPED} else 1 if Status.FAILED in statuses else 0)
+    if {row.status for row in rows} <= {Status.SKIPPED}:
+        sys.exit(3)
+    good = {row.target for row in rows if row.status in (Status.VERIFIED, Status.BUILT_NOT_RUN)}
+    sys.exit(0 if good == {row.target for row in rows} else 1)

@@ -16,5 +16,5 @@ def command(source: Source, as_json: bool, quiet: bool) -> None:
     """Run the artifacts of SOURCE (a run directory or an ONNX file) again and compare them with the model they came from."""
     from fofa_deploy.cli.show import progress
 
-    with open_source(source, progress(quiet), fresh=True) as (tuner, profiles):
+    with open_source(source, progress(quiet), fresh=True, build=False) as (tuner, profiles):
         finish([row for profile in profiles for row in tuner.attempt(profile)], as_json)

@@ -11,6 +11,7 @@ import hashlib
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -21,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from fofa_deploy.config import DataPlan
 from fofa_deploy.errors import DataError
 from fofa_deploy.store import digest
-from fofa_deploy.types import Preprocessing
+from fofa_deploy.types import Preprocessing, digest_file
 
 LEAST_IMAGES = 16
 """Fewer cannot be split into calibration, validation and test images."""
@@ -39,7 +40,11 @@ class Source(Protocol):
 
     labels: Indices
     class_names: tuple[str, ...]
-    digest: str
+
+    @property
+    def digest(self) -> str:
+        """Of all images and labels, wherever they lie."""
+        ...
 
     def images(self, indices: Indices, boxes: Boxes | None = None) -> Pixels:
         """uint8 (B,C,H,W); ``boxes`` (B,4) cuts left, top, right, bottom fractions out of each image first."""
@@ -90,7 +95,7 @@ class ArraySource:
         self._plan, self._where = plan, where
         self._pixels = np.stack([to_pixels(Image.fromarray(image), plan) for image in raw])
         self.labels, self.class_names = labels, names
-        self.digest = digest([raw.tobytes().hex() if raw.size < 1 << 16 else array_digest(raw), array_digest(labels)])
+        self.digest = digest([raw.shape, array_digest(raw), array_digest(labels)])
 
     def images(self, indices: Indices, boxes: Boxes | None = None) -> Pixels:
         if boxes is None:
@@ -115,7 +120,24 @@ class FileSource:
         self._samples = getattr(self._items, "samples", None)
         self.labels = np.asarray(_labels(self._items), np.int64)
         self.class_names = plan.class_names or _class_names(dataset, self.labels)
-        self.digest = digest([[str(self.name(i)), int(label)] for i, label in enumerate(self.labels)])
+
+    @cached_property
+    def digest(self) -> str:
+        """Of every file's content and place below the root; of the decoded images where there are no files."""
+        if self.files:
+            root = self._plan.root or Path()
+            rows = [
+                [_below(path, root), digest_file(path), int(label)] for path, label in zip(self.files, self.labels, strict=True)
+            ]
+            return digest(rows)
+        chunks = [np.arange(start, min(start + 64, len(self.labels))) for start in range(0, len(self.labels), 64)]
+        return digest([array_digest(self.labels), *(array_digest(self.images(chunk)) for chunk in chunks)])
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """One per image; empty for archives and data sets that are not made of files."""
+        paths = tuple(Path(sample[0]) for sample in self._samples or () if isinstance(sample[0], str | Path))
+        return paths if len(paths) == len(self.labels) else ()
 
     def images(self, indices: Indices, boxes: Boxes | None = None) -> Pixels:
         chosen = [_WHOLE] * len(indices) if boxes is None else [tuple(box) for box in boxes]
@@ -145,6 +167,10 @@ class FileSource:
         path = Path(str(getattr(first, "name", first)))
         size = path.stat().st_size if path.is_file() else 0
         return f"{path} ({size} bytes)" if size else str(path)
+
+
+def _below(path: Path, root: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else Path(path.name)).as_posix()
 
 
 def _labels(items: Any) -> Sequence[int]:  # noqa: ANN401
@@ -227,15 +253,24 @@ class _ImageFiles:
 
 
 def _images(plan: DataPlan) -> tuple[Source, Source]:
-    """Every image file below the root; every fifth one is the test split."""
+    """Every image file below the root, every fifth one for testing; or, where there are both, the folders of the two splits."""
     root = _root(plan)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    folders = root / plan.train_split, root / plan.test_split
+    if all(folder.is_dir() for folder in folders):
+        parts = tuple(_image_files(folder) for folder in folders)
+    else:
+        found = _image_files(root)
+        parts = ([file for i, file in enumerate(found) if i % 5 != 4], found[4::5])
+    files = [file for part in parts for file in part]
     if len(files) < LEAST_IMAGES:
         raise DataError(f"{root} holds {len(files)} images", f"give at least {LEAST_IMAGES}")
     names = plan.class_names or tuple(str(number) for number in range(plan.classes or 1))
-    parts = ([f for i, f in enumerate(files) if i % 5 != 4], files[4::5])
     train, test = (FileSource(_ImageFiles(part, names), plan, str(root)) for part in parts)
     return train, test
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
 
 
 def _timm(plan: DataPlan) -> tuple[Source, Source]:
@@ -253,7 +288,15 @@ def _timm(plan: DataPlan) -> tuple[Source, Source]:
         if not hasattr(dataset, "__len__"):
             raise DataError(f"data set {plan.name!r} is a stream", "download it first: splits and resuming need random access")
         sources.append(FileSource(dataset, plan, f"{plan.name} {split}"))
+    _refuse_same_files(sources[0], sources[1], plan)
     return sources[0], sources[1]
+
+
+def _refuse_same_files(train: FileSource, test: FileSource, plan: DataPlan) -> None:
+    """timm takes the root itself for a split that it does not find."""
+    if set(train.files) & set(test.files):
+        problem = f"training split {plan.train_split!r} and test split {plan.test_split!r} share images below {plan.root}"
+        raise DataError(problem, "make train/ and validation/ folders there, or name data.train_split and data.test_split")
 
 
 def _root(plan: DataPlan) -> Path:

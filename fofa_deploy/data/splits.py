@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +48,11 @@ class Data:
     def class_names(self) -> tuple[str, ...]:
         return self.train.source.class_names
 
-    @property
+    @cached_property
     def digest(self) -> str:
+        """Of all images, labels and splits, wherever they lie. Reads every file once."""
         parts = (self.train, self.validation, self.test)
-        return digest([self.plan, *([p.source.digest, array_digest(p.indices)] for p in parts)])
+        return digest([self.plan.model_copy(update={"root": None}), *([p.source.digest, array_digest(p.indices)] for p in parts)])
 
 
 def stratified(labels: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
@@ -114,10 +116,10 @@ def _decode_all(source: Source, indices: Indices) -> tuple[Pixels, list[str]]:
         return np.empty((0,), np.uint8), bad
 
 
-def scan(split: Split, progress: Progress) -> None:
+def scan(split: Split, progress: Progress, name: str) -> None:
     """Decode every image once before training on it; names every broken file at once."""
     broken: list[str] = []
-    with progress.task("check images", len(split)) as task:
+    with progress.task(f"check {name} images", len(split)) as task:
         for start in range(0, len(split), 64):
             chunk = split.indices[start : start + 64]
             broken += _decode_all(split.source, chunk)[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fofa_deploy.models import build_model, load_weights, parameter_count, save_
 from fofa_deploy.progress import Progress
 from fofa_deploy.results import Epoch, ModelSummary
 from fofa_deploy.store import write_atomic
+from fofa_deploy.types import Execution
 
 WEIGHTS, SUMMARY, CURVE, NOTICES = "weights.safetensors", "summary.json", "curve.json", "notices.json"
 
@@ -31,10 +33,12 @@ class Workshop:
 
     data: Data
     seed: int
+    threads: int
     progress: Progress
 
     def new(self, plan: ModelPlan) -> nn.Module:
         """The plan's model with its own weights, or freshly initialized ones that depend on the seed alone."""
+        torch.set_num_threads(self.threads or Execution().thread_count)
         torch.manual_seed(self.seed)
         return build_model(plan, len(self.data.class_names), self.data.plan.channels, self.data.plan.image_size)
 
@@ -45,20 +49,19 @@ class Workshop:
         return model.eval()
 
     def fit(self, plan: TeacherPlan, out: Path) -> None:
-        """A teacher: ready-made, or trained by cross-entropy alone.
-
-        Raises:
-            TrainingError: it misses its floor; the trained weights stay in ``out``.
-        """
+        """A teacher: ready-made, or trained by cross-entropy alone."""
+        if _is_done(out):
+            return
         model = self.new(plan)
         if plan.fit:
             alone = DistillPlan(method="none", **{name: getattr(plan.fit, name) for name in TrainPlan.model_fields})
             self._train(self._objective(model, plan, alone), alone, out, "fit the teacher")
-        summary = self._finish(plan, model, out)
-        self._check_floor(plan, summary)
+        self._finish(plan, model, out)
 
     def distill(self, plan: ModelPlan, distill: DistillPlan | None, out: Path, taught_by: tuple[TeacherPlan, Path] | None) -> None:
         """A student: ready-made, trained alone, or distilled from the teacher whose plan and folder are given."""
+        if _is_done(out):
+            return
         model = self.new(plan)
         if distill:
             taught_by = None if distill.method == "none" else taught_by
@@ -83,13 +86,13 @@ class Workshop:
         records = [epoch.model_dump(mode="json") for epoch in trainer.run()]
         write_atomic(out / CURVE, json.dumps(records, indent=1, allow_nan=False).encode())
 
-    def _finish(self, plan: ModelPlan, model: nn.Module, out: Path) -> ModelSummary:
+    def _finish(self, plan: ModelPlan, model: nn.Module, out: Path) -> None:
         """Weights and accuracy; the test split is read here for the record, and decides nothing."""
         model = model.cpu().eval()
         save_weights(model, out / WEIGHTS)
         summary = ModelSummary(model=plan.model, params=parameter_count(model), **self._accuracy(model))
         write_atomic(out / SUMMARY, summary.model_dump_json(indent=1).encode())
-        return summary
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
     def _accuracy(self, model: nn.Module) -> dict[str, float]:
         if not self.data.plan.labelled:
@@ -103,12 +106,23 @@ class Workshop:
             "top1_validation": topk(validation, self.data.validation.labels, 1),
         }
 
-    def _check_floor(self, plan: TeacherPlan, summary: ModelSummary) -> None:
-        classes, found = len(self.data.class_names), summary.top1_validation or 0.0
-        floor = plan.floor_top1 if plan.floor_top1 is not None else min(3 / classes, 0.9)
-        if classes > 1 and not found >= floor:
-            problem = f"the teacher's validation accuracy is {found:.2%}, its floor {floor:.2%}"
-            raise TrainingError(problem, "check its weights and the preprocessing, train it longer, or lower teacher.floor_top1")
+
+def check_floor(plan: TeacherPlan, summary: ModelSummary, classes: int) -> None:
+    """Refuse a teacher that is not good enough to teach.
+
+    Raises:
+        TrainingError: its validation accuracy is below the plan's floor; its weights are kept.
+    """
+    found = summary.top1_validation or 0.0
+    floor = plan.floor_top1 if plan.floor_top1 is not None else min(3 / classes, 0.9)
+    if classes > 1 and not found >= floor:
+        problem = f"the teacher's validation accuracy is {found:.2%}, its floor {floor:.2%}"
+        raise TrainingError(problem, "check its weights and the preprocessing, train it longer, or lower teacher.floor_top1")
+
+
+def _is_done(out: Path) -> bool:
+    """Whether all that is missing is the store's record: the summary is written last."""
+    return (out / SUMMARY).is_file()
 
 
 def read_summary(folder: Path) -> ModelSummary:

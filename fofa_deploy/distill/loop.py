@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ class Trainer:
     def _student(self) -> nn.Module:
         return self._objective.student.model
 
-    @property
+    @cached_property
     def _epoch_length(self) -> int:
         return len(epoch_batches(len(self._data.train), self._plan.batch_size, self._seed, 0))
 
@@ -116,6 +117,7 @@ class Trainer:
         with _interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
             while len(self._curve) < self._plan.epochs:
                 self._run_epoch(task, interrupted)
+            self._heed(interrupted)  # Ctrl-C while the last epoch was being validated
         if self._best is not None:
             self._student.load_state_dict(self._best)
         return tuple(self._curve)
@@ -129,14 +131,17 @@ class Trainer:
             now = time.monotonic()
             self._seconds = elapsed_before + now - started
             task.advance(note=self._note())
-            if interrupted.is_set():
-                self._save()
-                action = "run the same command again to go on from there"
-                raise InterruptedRunError(f"interrupted at step {self._step}, checkpoint written", action)
+            self._heed(interrupted)
             if now - saved > self._plan.checkpoint_seconds:
                 self._save()
                 saved = now
         self._finish_epoch()
+
+    def _heed(self, interrupted: threading.Event) -> None:
+        if interrupted.is_set():
+            self._save()
+            action = "run the same command again to go on from there"
+            raise InterruptedRunError(f"interrupted at step {self._step}, checkpoint written", action)
 
     def _batches(self) -> Iterator[Batch]:
         epoch = len(self._curve)
@@ -254,6 +259,7 @@ class Trainer:
             "seconds": self._seconds,
             "curve": [epoch.model_dump(mode="json") for epoch in self._curve],
             "rng": _random_state(),
+            "made_with": _made_with(),
         }
 
     def _restore(self) -> None:
@@ -272,6 +278,13 @@ class Trainer:
         self._curve = [Epoch.model_validate(epoch) for epoch in state["curve"]]
         _set_random_state(state["rng"])
         self._progress.say(f"{self._name}: going on from step {self._step}")
+        if state["made_with"] != _made_with():
+            self._progress.say(f"notice: it was begun with {state['made_with']}, now it is {_made_with()}: not bit-identical")
+
+
+def _made_with() -> dict[str, Any]:
+    """What a bit-identical resumption needs to be the same."""
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
 
 
 def _as_is(batch: Any) -> Any:  # noqa: ANN401 - batches are made whole by the data set

@@ -16,9 +16,10 @@ import torch
 from fofa_deploy.config import load_plan
 from fofa_deploy.data import load_data
 from fofa_deploy.distill import checkpoint
-from fofa_deploy.distill.job import WEIGHTS, Workshop, read_curve, read_summary
+from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_summary
 from fofa_deploy.errors import IntegrityError, InterruptedRunError, TrainingError
 from fofa_deploy.progress import Quiet
+from fofa_deploy.results import ModelSummary
 from fofa_deploy.types import digest_file
 
 SMALL = (
@@ -42,7 +43,7 @@ def small_plan(*more: str):
 
 
 def workshop(plan) -> Workshop:
-    return Workshop(load_data(plan.data, plan.seed), plan.seed, Quiet())
+    return Workshop(load_data(plan.data, plan.seed), plan.seed, 1, Quiet())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,10 +167,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
         checkpoint.load_newest(tmp_path)
 
 
-def test_a_teacher_below_its_floor_is_refused(tmp_path):
+def test_a_teacher_below_its_floor_is_refused():
     plan = small_plan("teacher.floor_top1=0.99")
-    with pytest.raises(TrainingError, match=r"its floor 99\.00%"):
-        workshop(plan).fit(plan.teacher, tmp_path)
+    weak = ModelSummary(model="weak", params=1, top1_validation=0.5)
+    with pytest.raises(TrainingError, match=r"50\.00%, its floor 99\.00%"):
+        check_floor(plan.teacher, weak, 10)
+    check_floor(plan.teacher, weak.model_copy(update={"top1_validation": 0.99}), 10)
+    with pytest.raises(TrainingError, match=r"0\.00%, its floor 30\.00%"):
+        check_floor(plan.teacher.model_copy(update={"floor_top1": None}), weak.model_copy(update={"top1_validation": None}), 10)
 
 
 def test_bf16_autocast_trains(tmp_path, teacher):
