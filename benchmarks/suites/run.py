@@ -134,7 +134,7 @@ def _suite_page(result: dict) -> list[str]:
     lines += [*_table(("model", "parameters", "test top-1"), _model_rows(report)), ""]
     columns = ("target", "recipe", "status", "test top-1", "agreement", "KiB", "p50 ms", "p90", "p99", "factor", "why")
     lines += _table(columns, [_target_row(row) for row in report["targets"]])
-    lines += ["", "Factors are against the reference below, interleaved in one run with the artifact.", ""]
+    lines += ["", "Factors are against the reference above, interleaved in one run with the artifact.", ""]
     return [*lines, *_table(("goal", "wanted", "measured", "met"), [_goal_row(goal) for goal in result["goals"]]), ""]
 
 
