@@ -139,7 +139,7 @@ def test_another_plan_in_the_same_folder_is_refused_and_says_what_changed(tmp_pa
         record_plan(store, first, force=False)
         with pytest.raises(PlanError) as caught:
             record_plan(store, other, force=False)
-        assert "distill.epochs was 15, is 2; seed was 0, is 7" in caught.value.message
+        assert "distill.epochs was 12, is 2; seed was 0, is 7" in caught.value.message
         assert "--force" in caught.value.action
         assert RunPlan.model_validate_json((tmp_path / PLAN).read_bytes()) == first
         record_plan(store, other, force=True)

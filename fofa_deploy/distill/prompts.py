@@ -17,7 +17,9 @@ def resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(grid.shape[-2:]) == tuple(size):
         return grid
     shrinks = size[0] < grid.shape[-2] or size[1] < grid.shape[-1]
-    return functional.interpolate(grid, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    # In float32: the antialiased kernel has no bf16 on the CPU.
+    resized = functional.interpolate(grid.float(), size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    return resized.to(grid.dtype)
 
 
 def _pointwise(inputs: int, outputs: int, groups: int = 1) -> nn.Conv2d:
