@@ -171,7 +171,7 @@ class Tuner:
     def _build(self, profile: HardwareProfile, recipe: Recipe, probe: Probe) -> Artifact:
         stage = f"artifacts/{profile.name}/{recipe.name}"
         if not self._settings.build:
-            return Artifact.load(self._store.existing(stage))
+            return Artifact.load(self._built(stage))
         calibration = self._calibrated(recipe)
         inputs = {
             "graph": self._graph.path,
@@ -189,6 +189,11 @@ class Tuner:
             run_isolated("fofa_deploy.tune:build", request, Built, seconds=limits.build_seconds, memory_bytes=limits.memory_bytes)
 
         return Artifact.load(self._store.run(stage, inputs, work))
+
+    def _built(self, stage: str) -> Path:
+        if not (self._store.root / stage).is_dir():
+            raise DataError("not built yet; fofa-deploy quantize builds it", "run fofa-deploy quantize first")
+        return self._store.existing(stage)
 
     def _calibrated(self, recipe: Recipe) -> Calibration | None:
         if not recipe.needs_calibration:

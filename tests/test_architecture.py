@@ -31,7 +31,7 @@ ORDER = """
 LINES = [line.split() for line in ORDER.strip().splitlines()]
 RANK = {part: number for number, line in enumerate(LINES) for part in line}
 
-TORCH = {"models", "inference", "capture", "distill", "pipeline"}
+TORCH = {"models", "inference", "capture", "distill"}
 FRAMEWORKS = {"torch", "timm", "torchvision", "accelerate"}
 LAZY_TIMM = {"data"}  # timm.data opens data sets, inside one function
 RUNTIMES = {
@@ -145,7 +145,7 @@ def test_every_exporter_is_looked_at():
     assert modules("fofa_exporters").keys() == RUNTIMES.keys() | {"__init__"}
 
 
-@pytest.mark.parametrize("name", [name for name in RANK if name not in TORCH | {"adopt", "cli"}])
+@pytest.mark.parametrize("name", [name for name in RANK if name not in TORCH | {"adopt", "pipeline", "cli"}])
 def test_importing_a_part_without_a_star_loads_no_framework(name):
     code = f"import sys, fofa_deploy.{name}; print({FRAMEWORKS} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

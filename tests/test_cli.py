@@ -124,8 +124,8 @@ def test_explain_says_why_each_stage_ran(tmp_path):
 def test_a_report_of_nothing_says_how_to_get_one(tmp_path):
     shown = run_cli("report", tmp_path)
     assert shown.returncode == 2
-    assert "report.json does not exist" in shown.stderr
-    assert shown.stderr.splitlines()[-1].startswith("  -> finish the run first")
+    assert "is not a run directory" in shown.stderr
+    assert shown.stderr.splitlines()[-1].startswith("  -> make one: fofa-deploy compress-and-export")
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -317,6 +317,11 @@ def elsewhere(tmp_path):
 
 def test_a_fourth_back_end_runs_through_the_pipeline(finished, elsewhere):
     environment, profile = elsewhere
+    unbuilt = fofa_deploy("profile", finished[0], "--profile", profile, "--json", env=environment)
+    assert unbuilt.returncode == 1
+    assert "fofa-deploy quantize builds it" in json.loads(unbuilt.stdout)[0]["reason"]
+    built = fofa_deploy("quantize", finished[0], "--profile", profile, "--json", env=environment)
+    assert built.returncode == 0, built.stderr
     done = fofa_deploy("profile", finished[0], "--profile", profile, "--json", env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -35,6 +35,7 @@ class LazyGroup(click.Group):
             return None
         module = importlib.import_module(f"fofa_deploy.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
+        command.name = cmd_name
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
