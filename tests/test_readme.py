@@ -7,6 +7,7 @@ import shlex
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 
 from fofa_deploy.cli import VERBS, cli
@@ -39,7 +40,9 @@ def test_every_command_parses(line, tmp_path, monkeypatch):
         (tmp_path / file).touch()
     verb, *arguments = shlex.split(line)[1:]
     command = cli.get_command(None, verb)
-    context = command.make_context(verb, arguments)
+    # As a child of the group: on its own, click would settle the verb's help flags for the whole process, without -h.
+    parent = click.Context(cli, info_name="fofa-deploy", **cli.context_settings)
+    context = command.make_context(verb, arguments, parent=parent)
     assert not context.args
 
 
