@@ -218,8 +218,7 @@ class Run:
         rows = [row for profile in self.profiles for row in tuner.tune(profile)]
         if self.reference is None:
             return rows, None
-        timed = tuner.reference_timings[0] if tuner.reference_timings else {}
-        return rows, self.reference[0].model_copy(update=timed)
+        return rows, self.reference[0].model_copy(update=tuner.reference_timings)
 
     def _settings(self, recipe: str | None = None) -> Settings:
         plan = self.plan

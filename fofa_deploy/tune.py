@@ -125,7 +125,7 @@ class Tuner:
         self._progress, self._reference = progress, reference
         self._graph = Graph.load(graph)
         self._calibration = calibration
-        self.reference_timings: list[dict[str, object]] = []
+        self.reference_timings: dict[str, object] = {}  # of the first race
         self._expected_top1 = _expected_top1(evidence)
 
     def tune(self, profile: HardwareProfile) -> list[TargetRow]:
@@ -252,7 +252,7 @@ class Tuner:
         found = measure(everyone, settings.measure, settings.limits, settings.seed, self._progress)
         base = found.pop() if reference else None
         if isinstance(base, Measurement):
-            self.reference_timings.append(_timings(base))
+            self.reference_timings = self.reference_timings or _timings(base)
         timed = {row.recipe: self._timed(row, m, base) for row, m in zip(runnable, found, strict=True)}
         return [timed.get(row.recipe, row) for row in rows]
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 from pathlib import Path
 
 from fofa_deploy.errors import UserError
 from fofa_deploy.report.record import read_report, to_json
 from fofa_deploy.results import RunReport
+from fofa_deploy.store import write_atomic
 
 __all__ = ["read_report", "write_report"]
 
@@ -31,20 +29,6 @@ def write_report(report: RunReport, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            _replace(out / name, text.encode())
+            write_atomic(out / name, text.encode())
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}", "free space or choose another folder") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    descriptor, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(scratch).chmod(0o644)  # mkstemp's 0600 would keep the report from whoever reads it
-        Path(scratch).replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(scratch).unlink()
