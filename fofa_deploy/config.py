@@ -107,15 +107,30 @@ class TeacherPlan(ModelPlan):
 
 
 class FofaPlan(Frozen):
-    """Feature-based one-for-all distillation (arXiv 2501.08885); the symbols are the paper's."""
+    """Feature-based one-for-all distillation (arXiv 2501.08885); the symbols are the paper's.
+
+    Prompts are off unless stages are named for them: docs/method.md says what they were measured to cost and to bring.
+    """
 
     stages: PositiveInt = Field(default=4, description="depths at which features are compared")
     regions: PositiveInt = Field(default=16, description="n, regions per stage; a square number")
     width: PositiveInt = Field(default=512, description="d, width of region-aware attention")
     heads: PositiveInt = 8
-    prompted_stages: tuple[PositiveInt, ...] = Field(default=(1, 2, 3, 4), description="teacher stages with a prompt before them")
-    feedback: bool = Field(default=True, description="prompts see the gap between student and plain teacher")
+    attention: bool = Field(default=True, description="regions of all stages attend to each other; off: each stage for itself")
     standardize: bool = Field(default=True, description="teacher features scaled per stage and channel by plain-teacher statistics")
+    emphasis: Literal["none", "regions", "channels", "samples"] = Field(
+        default="none", description="feedback without prompts: what the student finds hard counts for more"
+    )
+    emphasis_power: float = Field(default=0.5, description="of the error that weighs; below 0 what is hard counts for less")
+    prompted_stages: tuple[PositiveInt, ...] = Field(default=(), description="teacher stages with a prompt before them")
+    feedback: bool = Field(default=True, description="prompts see the gap between student and plain teacher")
+    fusion: Literal["dense", "depthwise"] = Field(default="depthwise", description="of gap and features; dense is the paper's")
+    path: Literal["teacher", "side"] = Field(
+        default="teacher", description="prompts bend what enters a teacher stage, or (side) the target alone, at no second pass"
+    )
+    prompt_every: PositiveInt = Field(default=1, description="the prompted pass runs on every k-th step")
+    prompt_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=1.0, description="share of a batch in the prompted pass")
+    follow: NonNegativeFloat = Field(default=1.0, description="share of the feature loss' gradient that reaches the prompts")
 
     @model_validator(mode="after")
     def _shapes(self) -> Self:
@@ -129,37 +144,56 @@ class FofaPlan(Frozen):
 
 
 class WeightsPlan(Frozen):
-    """Factors of the loss terms; the paper's are all 1."""
+    """Factors of the loss terms; the papers' are all 1. Balancing, where it is on, comes on top."""
 
     ce: NonNegativeFloat = 1.0
     kd: NonNegativeFloat = Field(default=1.0, description="alpha")
+    dkd: NonNegativeFloat = 1.0
+    dist: NonNegativeFloat = 1.0
+    fitnet: NonNegativeFloat = 1.0
+    ofa: NonNegativeFloat = 1.0
     fofa: NonNegativeFloat = Field(default=1.0, description="beta")
-    regularizer: NonNegativeFloat = Field(default=1.0, description="gamma: keeps the prompted teacher close to the plain one")
     rsd: NonNegativeFloat = 1.0
+    regularizer: NonNegativeFloat = Field(default=1.0, description="gamma: holds the prompted teacher's logits to the plain one's")
+    anchor: NonNegativeFloat = Field(default=0.0, description="holds its features to the plain one's")
+    supervision: NonNegativeFloat = Field(default=0.0, description="cross-entropy of the prompted teacher")
+
+
+LOGIT_TERMS = ("kd", "dkd", "dist", "ofa")
+FEATURE_TERMS = ("fofa", "rsd", "fitnet")
 
 
 class DistillPlan(TrainPlan):
-    method: str = Field(default="fofa", description="'none', or terms joined by '+': kd, fofa (with kd), rsd (with kd)")
-    temperature: PositiveFloat = 1.0
-    rsd_lambda: NonNegativeFloat = 0.05
+    method: str = Field(
+        default="fofa+rsd",
+        description="'none', or a sum of kd, dkd, dist, ofa, fofa, rsd, fitnet; kd is added where none of the first four is named",
+    )
+    balance: Literal["gradient", "fixed"] = Field(
+        default="gradient", description="terms scaled to equal gradients at the student, before their weights; or weights alone"
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="of kd, dkd and dist")
+    dkd_beta: NonNegativeFloat = Field(default=8.0, description="weight of DKD's non-target part; the target part has 1")
+    ofa_gamma: PositiveFloat = Field(default=1.5, description="exponent by which OFA enhances the target class")
+    rsd_lambda: NonNegativeFloat = Field(default=0.05, description="weight of RSD's off-diagonal correlations")
     weights: WeightsPlan = WeightsPlan()
     fofa: FofaPlan = FofaPlan()
 
     @property
-    def terms(self) -> frozenset[str]:
-        """Loss terms of the method; cross-entropy is always one, and everything that has a teacher has kd."""
-        if self.method == "none":
-            return frozenset({"ce"})
-        return frozenset({"ce", "kd"}) | {part.strip() for part in self.method.split("+")}
+    def terms(self) -> tuple[str, ...]:
+        """What is learned from the teacher, by name; empty for method ``none``."""
+        parts = [part.strip() for part in self.method.split("+") if part.strip() != "none"]
+        if parts and not set(parts) & set(LOGIT_TERMS):
+            parts.insert(0, "kd")
+        return tuple(dict.fromkeys(parts))
 
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
-        parts = [part.strip() for part in value.split("+")]
-        unknown = [part for part in parts if part not in ("kd", "fofa", "rsd")]
+        known = (*LOGIT_TERMS, *FEATURE_TERMS)
+        unknown = [part.strip() for part in value.split("+") if part.strip() not in known]
         if value != "none" and unknown:
             raise ValueError(
-                f"unknown method {', '.join(map(repr, unknown))}; known: none, kd, fofa, rsd, and sums such as fofa+rsd"
+                f"unknown method {', '.join(map(repr, unknown))}; known: none, {', '.join(known)}, and sums such as fofa+rsd"
             )
         return value
 

@@ -36,26 +36,34 @@ class RegionAwareAttention(nn.Module):
         shapes: (c, h, w) of each student stage.
         regions: n per stage, a square number.
         width: d.
+        attend: False leaves every region to itself (the ablation): LayerNorm and V alone.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], regions: int, width: int, heads: int) -> None:
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], regions: int, width: int, heads: int, attend: bool = True) -> None:
         super().__init__()
         side = math.isqrt(regions)
         self.regions, self.heads = side * side, heads
         self.embeddings = nn.ModuleList(RegionEmbedding(c, (h, w), side, width) for c, h, w in shapes)
         self.norm = nn.LayerNorm(width)
-        self.positions = nn.Parameter(torch.empty(1, len(shapes) * self.regions, width))
-        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        nn.init.trunc_normal_(self.positions, std=0.02)
+        self.value = nn.Linear(width, width)
+        self.attend = attend
+        if attend:
+            self.positions = nn.Parameter(torch.empty(1, len(shapes) * self.regions, width))
+            self.query, self.key = (nn.Linear(width, width) for _ in range(2))
+            nn.init.trunc_normal_(self.positions, std=0.02)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Maps (B, c_i, h_i, w_i) -> one (B, n, d) per stage."""
         embedded = [embed(grid) for embed, grid in zip(self.embeddings, maps, strict=True)]
         tokens = self.norm(torch.cat(embedded, dim=1))
+        value = self.value(tokens)
+        return torch.split(self._blend(tokens, value) if self.attend else value, self.regions, dim=1)
+
+    def _blend(self, tokens: Tensor, value: Tensor) -> Tensor:
+        """(B, N_q, d) twice -> (B, N_q, d)."""
         placed = tokens + self.positions  # (1, N_q, d): by place in the sequence, never by place in the batch
-        query, key, value = (self._split(part) for part in (self.query(placed), self.key(placed), self.value(tokens)))
-        blended = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        return torch.split(blended, self.regions, dim=1)
+        query, key, split = (self._split(part) for part in (self.query(placed), self.key(placed), value))
+        return functional.scaled_dot_product_attention(query, key, split).transpose(1, 2).flatten(2)
 
     def _split(self, tokens: Tensor) -> Tensor:
         """(B, N, d) -> (B, heads, N, d / heads)."""

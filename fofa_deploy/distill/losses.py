@@ -1,21 +1,23 @@
-"""The loss terms, all in float32 whatever autocast says, and the statistics that put teacher features on one scale."""
+"""The loss of every method as a function of tensors, all in float32 whatever autocast says."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 _POOLS = ((4, 1 / 2), (2, 1 / 4), (1, 1 / 8))
 
 
-def hierarchical_context_loss(student: Tensor, teacher: Tensor) -> Tensor:
+def hierarchical_context_loss(student: Tensor, teacher: Tensor, emphasis: Tensor | None = None) -> Tensor:
     """HCL: [MSE + 1/2 MSE(pool4) + 1/4 MSE(pool2) + 1/8 MSE(pool1)] / weights used. arXiv 2501.08885, equation 5.
 
     Both (B, C, H, W) -> scalar. A pooling is used where it makes both sides smaller. Pooling is linear, so the
-    difference is pooled once instead of either map.
+    difference is pooled once instead of either map. ``emphasis``, broadcast over (B, C, H, W), weighs squared errors.
     """
     gap = student.float() - teacher.float()
+    if emphasis is not None:
+        gap = gap * emphasis.sqrt()
     loss, total = gap.square().mean(), 1.0
     for size, weight in _POOLS:
         if size < min(gap.shape[-2:]):
@@ -29,6 +31,52 @@ def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Te
     target = functional.log_softmax(teacher.float() / temperature, dim=1)
     guess = functional.log_softmax(student.float() / temperature, dim=1)
     return functional.kl_div(guess, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def decoupled_divergence(teacher: Tensor, student: Tensor, labels: Tensor, temperature: float, beta: float) -> Tensor:
+    """DKD: T^2 [KL of (target, rest) + beta KL among the rest], of logits (B, K), labels (B,). arXiv 2203.08679, equation 7."""
+    target = functional.one_hot(labels, teacher.shape[1]).bool()
+    logs = [functional.log_softmax(logits.float() / temperature, dim=1) for logits in (teacher, student)]
+    binary = [torch.stack([log[target], _log_rest(log, target)], dim=1) for log in logs]
+    # A logit this low leaves the softmax without making it infinite.
+    rest = [functional.log_softmax(logits.float().masked_fill(target, -1e4) / temperature, dim=1) for logits in (teacher, student)]
+    return temperature**2 * (_log_divergence(*binary) + beta * _log_divergence(*rest))
+
+
+def _log_rest(log: Tensor, target: Tensor) -> Tensor:
+    """log(1 - p_target) of log-probabilities (B, K), without the cancellation of 1 - p: (B,)."""
+    return log.masked_fill(target, -torch.inf).logsumexp(dim=1)
+
+
+def _log_divergence(teacher: Tensor, student: Tensor) -> Tensor:
+    return functional.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def relational_divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
+    """DIST: 1 - Pearson correlation of predictions, over classes per sample plus over samples per class. arXiv 2205.10536.
+
+    Logits (B, K) -> scalar, times T^2. One sample has no correlation between samples: that part is then left out.
+    """
+    guess, target = (torch.softmax(logits.float() / temperature, dim=1) for logits in (student, teacher))
+    loss = 1 - _correlation(guess, target).mean()
+    if len(guess) > 1:
+        loss = loss + 1 - _correlation(guess.T, target.T).mean()
+    return temperature**2 * loss
+
+
+def _correlation(one: Tensor, other: Tensor) -> Tensor:
+    """Pearson correlation of rows: both (N, M) -> (N,)."""
+    return functional.cosine_similarity(one - one.mean(dim=1, keepdim=True), other - other.mean(dim=1, keepdim=True), dim=1)
+
+
+def one_for_all_loss(teacher: Tensor, student: Tensor, labels: Tensor, gamma: float) -> Tensor:
+    """OFA: -(1 + p_t[y])^gamma log p_s[y] - sum over c != y of p_t[c] log p_s[c]. arXiv 2310.19444, equation 6.
+
+    Logits (B, K), labels (B,) -> scalar.
+    """
+    log, target = functional.log_softmax(student.float(), dim=1), torch.softmax(teacher.float(), dim=1)
+    enhanced = (1 + target.gather(1, labels[:, None])) ** gamma
+    return -(log * target.scatter(1, labels[:, None], enhanced)).sum(dim=1).mean()
 
 
 def _standardize(embedding: Tensor) -> Tensor:
@@ -47,46 +95,3 @@ def redundancy_loss(student: Tensor, teacher: Tensor, off_diagonal: float) -> Te
         diagonal = correlation.diagonal()
         others = correlation.square().sum() - diagonal.square().sum()
         return ((1 - diagonal).square().sum() + off_diagonal * others) / len(diagonal)
-
-
-class Projector(nn.Sequential):
-    """Two-layer MLP with BatchNorm between: (B, D_s) -> (B, D_t). It keeps RSD off the student's own embedding."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(), nn.Linear(outputs, outputs))
-
-
-class Standardizer(nn.Module):
-    """Teacher features (B, C, H, W) per channel by running statistics of the *plain* teacher.
-
-    Prompted features go through the same statistics, so that prompts cannot win by shrinking what is compared.
-    The statistics are the exact average of all batches at first, then an exponential one; they are in the checkpoint.
-    """
-
-    mean: Tensor
-    variance: Tensor
-    batches: Tensor
-
-    def __init__(self, channels: int, momentum: float = 0.01) -> None:
-        super().__init__()
-        self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
-        self.register_buffer("batches", torch.zeros(()))
-
-    @torch.no_grad()
-    def update(self, plain: Tensor) -> None:
-        """Merge a batch of plain-teacher features (B, C, H, W) into the statistics."""
-        variance, mean = torch.var_mean(plain.float(), dim=(0, 2, 3), correction=0)
-        self.batches += 1
-        share = (1 / self.batches).clamp_min(self.momentum)
-        shift = mean - self.mean
-        self.mean += share * shift
-        # Variance of a mixture: it includes what lies between the two means.
-        self.variance.lerp_(variance, share).add_(share * (1 - share) * shift.square())
-
-    def forward(self, features: Tensor) -> Tensor:
-        # The floor is relative: dead channels stay small whatever the stage's scale.
-        floor = 1e-4 * self.variance.mean() + 1e-12
-        scale = torch.rsqrt(self.variance + floor)
-        return (features.float() - self.mean[:, None, None]) * scale[:, None, None]

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from fofa_deploy.distill.attention import Aligner, RegionAwareAttention
-from fofa_deploy.distill.losses import Projector, Standardizer, divergence, hierarchical_context_loss, redundancy_loss
+from fofa_deploy.distill.heads import Projector, Standardizer
+from fofa_deploy.distill.losses import divergence, hierarchical_context_loss, redundancy_loss
 from fofa_deploy.distill.prompts import PromptBlock, SqueezeExcite, resize
 
 SHAPES = [(6, 8, 8), (10, 7, 5), (3, 1, 2)]

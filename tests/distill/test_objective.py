@@ -14,6 +14,11 @@ from fofa_deploy.errors import ModelError
 METHODS = {
     "none": {"ce"},
     "kd": {"ce", "kd"},
+    "dkd": {"ce", "dkd"},
+    "dist": {"ce", "dist"},
+    "ofa": {"ce", "ofa"},
+    "fitnet": {"ce", "kd", "fitnet"},
+    "fofa+dist": {"ce", "dist", "fofa", "regularizer"},
     "rsd": {"ce", "kd", "rsd"},
     "fofa": {"ce", "kd", "fofa", "regularizer"},
     "fofa+rsd": {"ce", "kd", "fofa", "regularizer", "rsd"},
@@ -22,7 +27,7 @@ TEACHERS = ["cnn", "vit", "swin", "mixer", "mobilevit", "coat", "levit"]
 
 
 def open_prompts(objective, value=0.3):
-    for prompt in objective.features.prompts.values():
+    for prompt in objective.terms["fofa"].prompts.values():
         nn.init.constant_(prompt.b, value)
     return objective
 
@@ -38,7 +43,17 @@ def step(objective, batch, optimizer=None):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_terms_and_weights(method, objective, batch):
-    weights = {"ce": 0.5, "kd": 2.0, "fofa": 3.0, "regularizer": 0.25, "rsd": 0.125}
+    weights = {
+        "ce": 0.5,
+        "kd": 2.0,
+        "fofa": 3.0,
+        "regularizer": 0.25,
+        "rsd": 0.125,
+        "dkd": 2.0,
+        "dist": 3.0,
+        "ofa": 4.0,
+        "fitnet": 5.0,
+    }
     made = objective(teacher=None if method == "none" else "vit", method=method, weights=weights).train()
     losses = made(*batch())
     assert set(losses.terms) == METHODS[method]
@@ -54,16 +69,16 @@ def test_terms_and_weights(method, objective, batch):
 def test_the_prompted_teacher_starts_as_the_plain_one(teacher, objective, batch):
     student = "mobilevit" if teacher in ("mobilevit", "coat", "levit") else "cnn"
     made, (images, _) = objective(student, teacher).eval(), batch(teacher)
-    assert len(made.features.prompts) == len(made.teacher.stages)
+    assert len(made.terms["fofa"].prompts) == len(made.teacher.stages)
     with torch.no_grad():
         plain = made.teacher(images)
-        targets = made.features.targets(plain)
-        bent = made.teacher(images, made.features.bends(made.features.align(made.student(images), targets), targets))
+        targets = made.terms["fofa"].targets(plain)
+        bent = made.teacher(images, made.terms["fofa"].bends(made.terms["fofa"].align(made.student(images), targets), targets))
     for one, other in zip([bent.logits, *bent.maps], [plain.logits, *plain.maps], strict=True):
         assert (one - other).norm() <= 1e-6 * other.norm()
 
 
-@pytest.mark.parametrize("method", ["fofa", "fofa+rsd", "rsd", "kd"])
+@pytest.mark.parametrize("method", ["fofa", "fofa+rsd", "rsd", "kd", "ofa", "fitnet", "dkd", "dist"])
 def test_gradients_reach_exactly_what_is_trained(method, objective, batch):
     made = objective(method=method).train()
     if "fofa" in method:
@@ -78,12 +93,12 @@ def test_gradients_reach_exactly_what_is_trained(method, objective, batch):
 def test_the_feedback_passes_no_gradient_to_the_student(objective, batch):
     made = open_prompts(objective()).train()
     student, (images, _) = made.student(batch()[0]), batch()
-    plain = made.features.targets(made._plain(images))
-    aligned = made.features.align(student, plain)
-    bent = made.teacher(images, made.features.bends(aligned, plain))
+    plain = made.terms["fofa"].targets(made.teacher(images))
+    aligned = made.terms["fofa"].align(student, plain)
+    bent = made.teacher(images, made.terms["fofa"].bends(aligned, plain))
     sum(grid.sum() for grid in bent.maps).backward()
     assert all(p.grad is None for p in made.student.parameters())
-    assert any(p.grad is not None for p in made.features.prompts.parameters())
+    assert any(p.grad is not None for p in made.terms["fofa"].prompts.parameters())
 
 
 @pytest.mark.parametrize("teacher", ["cnn", "vit", "mobilevit"])
@@ -132,14 +147,15 @@ def test_non_square_inputs():
 
     shape, names = (3, 24, 40), ("0", "1", "2")
     student, teacher = (tap(Plain(*widths), shape, names=names) for widths in ((4, 6, 8), (8, 8, 12)))
-    made = Objective(student, teacher, DistillPlan(method="fofa+rsd", fofa={"width": 8, "heads": 2, "regions": 4})).train()
+    fofa = {"width": 8, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4)}
+    made = Objective(student, teacher, DistillPlan(method="fofa+rsd", fofa=fofa)).train()
     assert step(made, (torch.randn(4, *shape), torch.arange(4))).total.isfinite()
-    assert len(made.features.prompts) == 3
+    assert len(made.terms["fofa"].prompts) == 3
     assert made.notices == ("teacher stages without the prompt that was asked for: 4",)
 
 
 def test_teacher_and_student_may_see_other_sizes(tapped, batch):
-    plan = DistillPlan(method="fofa", fofa={"width": 8, "heads": 2, "regions": 4})
+    plan = DistillPlan(method="fofa", fofa={"width": 8, "heads": 2, "regions": 4, "prompted_stages": (2,)})
     made = Objective(tapped("vit"), tapped("mobilevit"), plan, teacher_size=(64, 64)).train()
     assert step(made, batch("vit")).total.isfinite()
     assert made.diagnostics(*batch("vit"))["samples"] == 4
@@ -149,7 +165,7 @@ def test_state_holds_everything_but_the_teacher(objective, batch):
     made = open_prompts(objective(method="fofa+rsd")).train()
     step(made, batch())
     state = made.state_dict()
-    assert {key.split(".")[0] for key in state} == {"student", "features", "projector"}
+    assert {key.split(".")[0] for key in state} == {"student", "terms"}
     assert any("scales.0.mean" in key for key in state)
     assert {key for key in state if key.startswith("student.")} == {
         f"student.model.{key}" for key in made.student.model.state_dict()
@@ -176,10 +192,10 @@ def test_resuming_gives_the_same_steps(objective, batch):
 def test_statistics_come_from_the_plain_teacher_and_only_in_training(objective, batch):
     made, (images, labels) = open_prompts(objective(), 5.0), batch()
     made.eval()(images, labels)
-    assert made.features.scales[0].batches == 0
+    assert made.terms["fofa"].scales[0].batches == 0
     made.train()(images, labels)
-    plain = made.features.targets(made._plain(images))
-    for scale, grid in zip(made.features.scales, plain, strict=True):
+    plain = made.terms["fofa"].targets(made.teacher(images))
+    for scale, grid in zip(made.terms["fofa"].scales, plain, strict=True):
         assert torch.allclose(scale.mean, grid.mean((0, 2, 3)), atol=1e-5)
 
 
@@ -187,7 +203,7 @@ def test_targets_have_one_scale_whatever_the_teacher(tapped, objective, batch):
     made = objective("cnn", "cnn").train()
     images, labels = batch()
     made(images, labels)
-    targets = made.features.standardize(made.features.targets(made._plain(images)))
+    targets = made.terms["fofa"].standardize(made.terms["fofa"].targets(made.teacher(images)))
     assert all(0.5 < grid.square().mean() < 1.1 for grid in targets)
 
 
@@ -198,7 +214,12 @@ def test_parameter_groups(objective):
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
     assert (decayed["weight_decay"], kept["weight_decay"], kept["lr"]) == (0.05, 0.0, 0.1)
     free = {names[id(p)] for p in kept["params"]}
-    assert {"student.model.cls_token", "student.model.pos_embed", "features.attention.positions", "features.prompts.0.b"} <= free
+    assert {
+        "student.model.cls_token",
+        "student.model.pos_embed",
+        "terms.fofa.attention.positions",
+        "terms.fofa.prompts.0.b",
+    } <= free
     assert all(p.ndim > 1 and not names[id(p)].endswith(".bias") for p in decayed["params"])
     assert "student.model.patch_embed.proj.weight" not in free
 
@@ -219,21 +240,22 @@ def test_diagnostics_watch_the_prompted_teacher(objective, batch):
 
 def test_prompts_only_where_asked_for(objective, batch):
     late = objective(fofa={"prompted_stages": (3, 4)}).train()
-    assert sorted(late.features.prompts) == ["2", "3"]
+    assert sorted(late.terms["fofa"].prompts) == ["2", "3"]
     off = objective(fofa={"prompted_stages": ()}).train()
     runs = []
     off.teacher.model.register_forward_hook(lambda *_: runs.append(1))
     assert set(off(*batch()).terms) == {"ce", "kd", "fofa"}
     assert len(runs) == 1  # no prompted pass
+    late(*batch())  # the first step also looks for what the two passes share
     late.teacher.model.register_forward_hook(lambda *_: runs.append(1))
     late(*batch())
     assert len(runs) == 3  # one plain, one prompted
-    assert all(p.fuse is None for p in objective(fofa={"feedback": False}).features.prompts.values())
+    assert all(p.fuse is None for p in objective(fofa={"feedback": False}).terms["fofa"].prompts.values())
 
 
 def test_models_with_other_numbers_of_stages_are_paired(objective):
     made = objective("mobilevit", "levit")
-    assert (made.features.student_stages, made.features.teacher_stages) == ([1, 2, 3], [0, 1, 2])
+    assert (made.terms["fofa"].student_stages, made.terms["fofa"].teacher_stages) == ([1, 2, 3], [0, 1, 2])
     assert made.notices == ("teacher stages without the prompt that was asked for: 4",)
 
 

@@ -1,0 +1,214 @@
+"""Distillation methods compared: same students, schedules and augmentation, several seeds, test images read once.
+
+python benchmarks/distillation/run.py screen          # forms of feedback, on validation images
+python benchmarks/distillation/run.py tune            # each method's setting, on validation images
+python benchmarks/distillation/run.py compare         # the table, on test images
+python benchmarks/distillation/run.py report          # README.md and picture from what is recorded
+
+Every training is a line of results.jsonl as soon as it is done and is never done twice: interrupt at will, run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import click
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import study  # noqa: E402 - a neighbour of this file, as are the models that plans name
+
+from fofa_deploy.data import Data, load_data  # noqa: E402
+from fofa_deploy.distill.job import Workshop, read_curve, read_summary  # noqa: E402
+from fofa_deploy.progress import Progress, Quiet, Terminal  # noqa: E402
+
+RESULTS = HERE / "results.jsonl"
+DATA_SEED, TEACHER_SEED, TUNING_SEED, SCREENING_SEED = 0, 0, 900, 800
+QUICK_EPOCHS = 4
+
+
+@dataclass(frozen=True)
+class Training:
+    """One student to be trained; ``key`` is what makes it another one."""
+
+    phase: str
+    regime: study.Regime
+    pair: study.Pair
+    method: study.Method
+    choice: int
+    seed: int
+    epochs: int
+
+    @property
+    def key(self) -> dict:
+        return {
+            "phase": self.phase,
+            "regime": self.regime.name,
+            "pair": self.pair.name,
+            "method": self.method.name,
+            "plan": {**self.method.plan, **self.method.choices[self.choice]},
+            "seed": self.seed,
+            "epochs": self.epochs,
+        }
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where to work, and with how much."""
+
+    root: str
+    work: Path
+    threads: int
+    progress: Progress
+
+    def workshop(self, limit: int | None, seed: int, final: bool) -> Workshop:
+        """Without ``final`` the test images are out of reach."""
+        data = _data(self.root, limit)
+        return Workshop(data if final else dataclasses.replace(data, test=data.validation), seed, self.threads, self.progress)
+
+    def teacher(self, kind: str) -> Path:
+        out = self.work / f"teacher-{kind}"
+        if not (out / "summary.json").is_file():
+            out.mkdir(parents=True, exist_ok=True)
+            self.workshop(None, TEACHER_SEED, final=True).fit(study.teacher(kind), out)
+            _record({"phase": "teacher", "teacher": kind, **_scores(out, final=True)})
+        return out
+
+    def train(self, training: Training) -> None:
+        final = training.phase == "compare"
+        workshop = self.workshop(training.regime.limit, training.seed, final)
+        plan = study.plan(training.method, training.method.choices[training.choice], training.epochs)
+        taught_by = study.teacher(training.pair.teacher), self.teacher(training.pair.teacher)
+        shelf = _shelf(self.work, training.key)
+        workshop.distill(study.student(training.pair.student), plan, shelf, taught_by)
+        _record({**training.key, **_scores(shelf, final)})
+
+
+@cache
+def _data(root: str, limit: int | None) -> Data:
+    return load_data(study.data(root, limit), DATA_SEED)
+
+
+def _shelf(work: Path, key: dict) -> Path:
+    """A folder that only this training uses: an interrupted one goes on in it."""
+    from fofa_deploy.store import digest
+
+    folder = work / "students" / digest(key)[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _scores(out: Path, final: bool) -> dict:
+    summary, curve = read_summary(out), read_curve(out)
+    last = curve[-1]
+    return {
+        "validation": summary.top1_validation,
+        "test": summary.top1 if final else None,
+        "diagnostics": last.diagnostics,
+        "losses": last.losses,
+        "seconds": round(sum(epoch.seconds for epoch in curve), 1),
+    }
+
+
+def _record(line: dict) -> None:
+    with RESULTS.open("a") as file:  # one write of one line: two processes may share the file
+        file.write(json.dumps(line, allow_nan=False) + "\n")
+
+
+def recorded() -> list[dict]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+
+
+def _is_done(training: Training, lines: list[dict]) -> bool:
+    key = json.loads(json.dumps(training.key))
+    return any(key.items() <= line.items() for line in lines)
+
+
+# --- phases ---------------------------------------------------------------------------------------------------
+
+
+def screen(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
+    """Every form of feedback and every ablation, on the pairs whose students gain most."""
+    for seed in range(SCREENING_SEED, SCREENING_SEED + seeds):
+        for pair in study.PAIRS[:2]:
+            for method in (*study.FORMS, *study.ABLATIONS):
+                yield Training("screen", regime, pair, method, 0, seed, epochs)
+
+
+def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
+    """Every setting of every method, once per pair, on half the schedule."""
+    for pair in study.PAIRS:
+        for method in study.METHODS:
+            for choice in range(len(method.choices) if len(method.choices) > 1 else 0):
+                yield Training("tune", regime, pair, method, choice, TUNING_SEED, max(1, epochs // 2))
+
+
+def compare(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
+    """Every method at its tuned setting; seeds outermost, so that what is there is always comparable."""
+    lines = recorded()
+    for seed in range(seeds):
+        for pair in study.PAIRS:
+            for method in (*study.METHODS, *study.ABLATIONS):
+                yield Training("compare", regime, pair, method, _tuned(method, regime, lines), seed, epochs)
+
+
+def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int:
+    """The setting with the best mean validation accuracy over pairs: one for all of them, as the default plan is."""
+    if len(method.choices) == 1:
+        return 0
+    means = []
+    for choice in range(len(method.choices)):
+        wanted = json.loads(json.dumps({**method.plan, **method.choices[choice]}))
+        found = [
+            line["validation"]
+            for line in lines
+            if line["phase"] == "tune"
+            and line["regime"] == regime.name
+            and line["method"] == method.name
+            and line["plan"] == wanted
+        ]
+        if len(found) != len(study.PAIRS):
+            raise click.ClickException(f"{method.name} is not tuned yet: run the phase 'tune' first")
+        means.append(sum(found) / len(found))
+    return means.index(max(means))
+
+
+PHASES = {"screen": screen, "tune": tune, "compare": compare}
+
+
+@click.command()
+@click.argument("phase", type=click.Choice([*PHASES, "report"]))
+@click.option("--regime", type=click.Choice(list(study.REGIMES)), default="small")
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--root", default="/usr/share/datasets/fashion-mnist", show_default=True, help="Fashion-MNIST's four IDX files.")
+@click.option("--work", type=click.Path(path_type=Path), default="runs/distillation", show_default=True)
+@click.option("--threads", default=1, show_default=True)
+@click.option("--only", help="Only methods whose name contains this.")
+@click.option("--pair", "pair_name", help="Only pairs whose name contains this.")
+@click.option("--quick", is_flag=True, help=f"One seed, {QUICK_EPOCHS} epochs: to see it work, under 20 minutes.")
+@click.option("--quiet", is_flag=True)
+def main(
+    phase: str, regime: str, seeds: int, root: str, work: Path, threads: int, only: str | None, pair_name: str | None,
+    quick: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Run PHASE and record it."""
+    import report
+
+    if phase != "report":
+        chosen = study.REGIMES[regime]
+        room = Room(root, work.absolute(), threads, Quiet() if quiet else Terminal())
+        for training in PHASES[phase](chosen, 1 if quick else seeds, QUICK_EPOCHS if quick else chosen.epochs):
+            named = (only or "") in training.method.name and (pair_name or "") in training.pair.name
+            if named and not _is_done(training, recorded()):
+                room.train(training)
+    report.write(recorded())
+
+
+if __name__ == "__main__":
+    main()

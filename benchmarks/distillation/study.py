@@ -1,0 +1,123 @@
+"""What is compared: pairs of families, methods, the forms of feedback, and the settings that each may choose from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fofa_deploy.config import DataPlan, DistillPlan, ModelPlan, TeacherPlan, TrainPlan
+
+Settings = dict[str, Any]
+CNN_TAPS = ("stages.0", "stages.1", "stages.2")
+TEACHER_EPOCHS = 5
+
+
+@dataclass(frozen=True)
+class Pair:
+    teacher: str
+    student: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.teacher} -> {self.student}"
+
+
+PAIRS = (Pair("cnn", "vit"), Pair("mixer", "cnn"), Pair("cnn", "mixer"), Pair("hybrid", "cnn"))
+TEACHER_TAPS = {"cnn": CNN_TAPS, "hybrid": ("stem.0", "stem.1", "blocks.0", "blocks.2"), "mixer": ()}
+STUDENT_TAPS = {"cnn": CNN_TAPS, "vit": (), "mixer": ()}
+
+
+@dataclass(frozen=True)
+class Regime:
+    """How many training images a student sees, and for how long. Teachers always see all of them."""
+
+    name: str
+    limit: int | None
+    epochs: int
+
+
+REGIMES = {regime.name: regime for regime in (Regime("small", 10_000, 24), Regime("full", None, 8))}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name, the plan that goes with it, and the settings that tuning may choose from (as many for every method)."""
+
+    name: str
+    plan: Settings
+    choices: tuple[Settings, ...] = field(default=({},))
+
+
+FOFA = {"width": 64, "heads": 4, "stages": 4}
+
+
+def _weights(name: str, *values: float) -> tuple[Settings, ...]:
+    return tuple({"weights": {name: value}} for value in values)
+
+
+def _fofa(name: str, **settings: Any) -> Method:  # noqa: ANN401 - fields of a plan
+    """A form of FOFA with RSD, at the default weights: nothing is tuned."""
+    return Method(name, {"method": "fofa+rsd", "fofa": {**FOFA, **settings.pop("fofa", {})}, **settings})
+
+
+TEMPERATURES = tuple({"temperature": value} for value in (1.0, 2.0, 4.0))
+METHODS = (
+    Method("alone", {"method": "none"}, tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3))),
+    Method("KD", {"method": "kd", "balance": "fixed"}, TEMPERATURES),
+    Method("DKD", {"method": "dkd", "balance": "fixed", "dkd_beta": 2.0}, TEMPERATURES),
+    Method("DIST", {"method": "dist", "balance": "fixed"}, TEMPERATURES),
+    Method("FitNet", {"method": "fitnet", "balance": "fixed"}, _weights("fitnet", 0.1, 1.0, 10.0)),
+    Method("OFA", {"method": "ofa", "balance": "fixed"}, tuple({"ofa_gamma": value} for value in (1.0, 1.5, 2.0))),
+    Method("RSD", {"method": "rsd", "balance": "fixed"}, _weights("rsd", 0.5, 1.0, 2.0)),
+    _fofa("FOFA (default)"),
+)
+"""The table. The default plan of this project is one for all pairs; the others choose."""
+
+LATE = {"prompted_stages": [3]}
+ALL = {"prompted_stages": [1, 2, 3, 4]}
+FORMS = (
+    _fofa("no feedback, fixed weights", balance="fixed"),
+    _fofa("no feedback"),
+    _fofa("regions: hard ones count for more", fofa={"emphasis": "regions"}),
+    _fofa("regions: hard ones count for less", fofa={"emphasis": "regions", "emphasis_power": -0.5}),
+    _fofa("channels: hard ones count for more", fofa={"emphasis": "channels"}),
+    _fofa("channels: hard ones count for less", fofa={"emphasis": "channels", "emphasis_power": -0.5}),
+    _fofa("samples: hard ones count for more", fofa={"emphasis": "samples"}),
+    _fofa("prompts as published", fofa={**ALL, "fusion": "dense"}),
+    _fofa("late prompt with a feature anchor", fofa=LATE, weights={"anchor": 1.0}),
+    _fofa("late prompt, trained by labels, blind to L_FD", fofa={**LATE, "follow": 0.0}, weights={"supervision": 1.0}),
+    _fofa("late prompt without the gap", fofa={**LATE, "feedback": False}),
+    _fofa("side prompts", fofa={**ALL, "path": "side"}),
+)
+"""Forms of adaptive feedback, screened on validation images alone."""
+
+ABLATIONS = (
+    _fofa("FOFA without attention", fofa={"attention": False}),
+    _fofa("FOFA without standardized targets", fofa={"standardize": False}),
+    _fofa("FOFA without RSD", method="fofa"),
+    _fofa("FOFA with fixed weights", balance="fixed"),
+    _fofa("FOFA, prompts, no regularizer", fofa=ALL, weights={"regularizer": 0.0}),
+)
+
+
+def data(root: str, limit: int | None) -> DataPlan:
+    return DataPlan.model_validate(
+        {
+            "name": "idx", "root": root, "limit": limit, "image_size": 16, "channels": 1,
+            "mean": (0.286,), "std": (0.33,), "flip": True, "shift": 1,
+        }
+    )  # fmt: skip
+
+
+def teacher(kind: str) -> TeacherPlan:
+    fit = TrainPlan(epochs=TEACHER_EPOCHS, batch_size=128, lr=2e-3, warmup_epochs=0.5)
+    return TeacherPlan(model=f"models:{kind}_teacher", taps=TEACHER_TAPS[kind], floor_top1=0.85, fit=fit)
+
+
+def student(kind: str) -> ModelPlan:
+    return ModelPlan(model=f"models:{kind}_student", taps=STUDENT_TAPS[kind])
+
+
+def plan(method: Method, choice: Settings, epochs: int) -> DistillPlan:
+    common = {"epochs": epochs, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 1.0, "checkpoint_seconds": 600.0}
+    return DistillPlan.model_validate({**common, **method.plan, **choice})

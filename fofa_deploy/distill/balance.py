@@ -1,0 +1,66 @@
+"""Weights that nobody has to tune: every term is scaled so that it moves the student as much as the labels do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+INTERVAL = 20
+"""Steps from one measurement to the next: one costs a backward pass through the student per term."""
+
+_MEMORY = 0.8
+_LARGEST = 100.0
+"""A term that hardly moves the student is scaled up, but not to noise."""
+
+
+class GradientBalance(nn.Module):
+    """Scales of the terms: the norm of cross-entropy's gradient at the student's weights over that of the term's.
+
+    In the spirit of GradNorm (Chen et al., arXiv 1711.02257), without its training of the scales: norms are measured on
+    every 20th step, remembered as a moving average, and part of the checkpoint.
+
+    Args:
+        names: of the terms to be scaled; ``ce`` is what they are scaled to.
+    """
+
+    norms: Tensor
+    steps: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self._names = ("ce", *names)
+        self.register_buffer("norms", torch.zeros(len(self._names)))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, Tensor]:
+        """Named scalar losses -> a factor (no gradient) for each of the balanced ones."""
+        if self.training:
+            if int(self.steps) % INTERVAL == 0:
+                self._measure(terms, [parameter for parameter in parameters if parameter.requires_grad])
+            self.steps += 1
+        scales = (self.norms[0] / self.norms[1:].clamp_min(1e-12)).clamp(1 / _LARGEST, _LARGEST)
+        known = (self.norms > 0).all()
+        return dict(zip(self._names[1:], torch.where(known, scales, torch.ones_like(scales)), strict=True))
+
+    def _measure(self, terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
+        found = _averaged(torch.stack([_gradient_norm(terms[name], parameters) for name in self._names]))
+        if found.isfinite().all():
+            memory = _MEMORY if int(self.steps) else 0.0
+            self.norms.lerp_(found, 1 - memory)
+
+
+def _gradient_norm(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
+    norm: Tensor = torch.stack(norms).norm()
+    return norm
+
+
+def _averaged(norms: Tensor) -> Tensor:
+    """Over processes: all must scale alike."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(norms)
+        norms /= distributed.get_world_size()
+    return norms

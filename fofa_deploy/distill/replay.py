@@ -1,0 +1,113 @@
+"""The prompted pass without what comes before the first prompt: there it would only compute the plain pass again.
+
+What the plain pass computed before that point is kept for the step and handed out when the prompted pass asks for it.
+Which modules that is depends on the model alone and is found once, on a probe, by the order in which they finish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fofa_deploy.distill.tapped import TappedModel
+
+
+@dataclass
+class _Call:
+    """One module's one call: what it returned, and that tensor's version then (in-place writes raise it)."""
+
+    output: Any
+    version: int
+
+
+class Prefix:
+    """The outermost modules of ``teacher`` that finish before what enters stage ``first`` is bent.
+
+    A module is left out, and computed twice, where handing out its result would not be the same: it runs more than once,
+    returns anything but a tensor, is written over later, or has a tap inside.
+
+    Args:
+        teacher: frozen, in eval mode.
+        images: a probe (B, C, H, W).
+    """
+
+    def __init__(self, teacher: TappedModel, first: int, images: Tensor) -> None:
+        self._model = teacher.model
+        self.names = _outermost(_safe(teacher, first, images))
+        self._kept: dict[str, Tensor] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep what the prefix returns while the teacher runs."""
+
+        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            return lambda _, inputs, output: self._kept.__setitem__(name, output)
+
+        with ExitStack() as hooks:
+            for name in self.names:
+                hooks.enter_context(self._model.get_submodule(name).register_forward_hook(keep(name)))
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Hand out what was kept instead of computing it; hooks run as ever. It is forgotten afterwards."""
+        modules = {name: self._model.get_submodule(name) for name in self.names if name in self._kept}
+        for name, module in modules.items():
+            module.forward = _constant(self._kept[name])  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for module in modules.values():
+                del module.forward
+            self._kept = {}
+
+
+def _constant(output: Tensor) -> Callable[..., Tensor]:
+    return lambda *_, **__: output
+
+
+@torch.no_grad()
+def _safe(teacher: TappedModel, first: int, images: Tensor) -> list[str]:
+    """Names of all modules, in the order in which they finish, that may be replayed."""
+    entry = teacher.entries[first]
+    if entry is None:
+        return []
+    calls: dict[str, list[_Call]] = {}
+    bent_at: list[set[str]] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _, inputs, output: calls.setdefault(name, []).append(
+            _Call(output, output._version if isinstance(output, Tensor) else -1)
+        )
+
+    with ExitStack() as hooks:
+        for name, module in teacher.model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(note(name)))
+        target = teacher.model.get_submodule(entry.module)
+        if entry.before:
+            hooks.enter_context(target.register_forward_pre_hook(lambda *_: bent_at.append(set(calls))))
+        else:
+            hooks.enter_context(target.register_forward_hook(lambda *_: bent_at.append(set(calls))))
+        teacher.model(images)
+    before = bent_at[0] if bent_at else set()
+    tapped = [stage.module for stage in teacher.stages]
+    return [name for name in calls if name in before and _replayable(calls[name]) and not _holds(name, tapped)]
+
+
+def _replayable(calls: list[_Call]) -> bool:
+    output = calls[0].output
+    return len(calls) == 1 and isinstance(output, Tensor) and output._version == calls[0].version
+
+
+def _holds(name: str, tapped: list[str]) -> bool:
+    return any(module.startswith(f"{name}.") for module in tapped)
+
+
+def _outermost(names: list[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if not any(name.startswith(f"{other}.") for other in names))

@@ -1,0 +1,64 @@
+"""Every term moves the student as much as the labels do, without a weight being set."""
+
+import copy
+
+import pytest
+import torch
+
+from fofa_deploy.distill.balance import INTERVAL, GradientBalance
+
+
+def norm(term, parameters):
+    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]).norm()
+
+
+def test_scaled_gradients_are_equal(objective, batch):
+    made = objective("vit", "cnn", method="fofa+rsd", balance="gradient", fofa={"prompted_stages": ()}).train()
+    parameters = list(made.student.parameters())
+    images, labels = batch("vit")
+    student = made.student(images)
+    terms = {"ce": torch.nn.functional.cross_entropy(student.logits, labels)}
+    lesson = made._lesson(images, labels, student)
+    for term in made.terms.values():
+        terms |= term(lesson)
+    scales = made.balance(terms, parameters)
+    assert set(scales) == {"kd", "fofa", "rsd"}
+    expected = float(norm(terms["ce"], parameters))
+    for name, scale in scales.items():
+        assert float(norm(scale * terms[name], parameters)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_whatever_the_scale_of_a_term_it_counts_alike():
+    weight = torch.nn.Parameter(torch.ones(3))
+    balance = GradientBalance(["small", "large"]).train()
+    for _ in range(2 * INTERVAL):
+        scales = balance({"ce": weight.sum(), "small": weight.sum() / 50, "large": 70 * weight.sum()}, [weight])
+    assert float(scales["small"]) == pytest.approx(50)
+    assert float(scales["large"]) == pytest.approx(1 / 70)
+
+
+def test_a_term_without_gradient_changes_nothing():
+    weight = torch.nn.Parameter(torch.ones(3))
+    scales = GradientBalance(["silent"]).train()({"ce": weight.sum(), "silent": 0 * weight.sum()}, [weight])
+    assert float(scales["silent"]) == 1.0
+
+
+def test_fixed_weights_remain_possible(objective, batch):
+    fixed, balanced = (objective(method="rsd", balance=how).train() for how in ("fixed", "gradient"))
+    assert fixed.balance is None
+    images = batch()
+    losses = fixed(*images)
+    assert float(losses.total.detach()) == pytest.approx(sum(float(term) for term in losses.terms.values()), rel=1e-5)
+    assert float(balanced(*images).total.detach()) != pytest.approx(float(losses.total.detach()), rel=1e-3)
+
+
+def test_the_balance_is_in_the_checkpoint_and_rests_in_eval(objective, batch):
+    made = objective(method="fofa+rsd", balance="gradient").train()
+    made(*batch())
+    other = objective(method="fofa+rsd", balance="gradient")
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(other.balance.norms, made.balance.norms)
+    before = copy.deepcopy(made.balance.state_dict())
+    made.eval()(*batch(seed=3))
+    assert all(torch.equal(value, before[name]) for name, value in made.balance.state_dict().items())
