@@ -2,6 +2,176 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
 
-def write(lines: list[dict]) -> None:
-    pass
+import study
+from scipy import stats
+
+HERE = Path(__file__).parent
+DEFAULT, FORM_REFERENCE = "FOFA (default)", "no feedback"
+Block = tuple[str, int]
+"""What two methods have in common when they are compared: pair and seed."""
+
+
+def write(lines: Sequence[dict]) -> None:
+    """README.md, and methods.svg where there is a table to draw."""
+    parts = [
+        "# Distillation methods compared",
+        "",
+        "Written by `python benchmarks/distillation/run.py report` from `results.jsonl`; nothing here is typed by hand.",
+        "Fashion-MNIST at 16 x 16 pixels, networks of `models.py`, plans of `study.py`. Validation: 6,000 training images that no",
+        "student trains on. A seed is an initialization, an order and an augmentation, the same for all methods: tests are paired.",
+        "",
+        *_teachers(lines),
+    ]
+    for regime in study.REGIMES:
+        parts += _comparison(_latest(lines, "compare", regime, "test"), regime)
+        parts += _screening(_latest(lines, "screen", regime, "validation"), lines, regime)
+    (HERE / "README.md").write_text("\n".join(parts).rstrip() + "\n")
+
+
+def _teachers(lines: Iterable[dict]) -> list[str]:
+    rows = [f"| {x['teacher']} | {x['test']:.2%} | {x['validation']:.2%} |" for x in lines if x["phase"] == "teacher"]
+    return ["## Teachers", "", "| family | test | validation |", "|---|---|---|", *rows, ""] if rows else []
+
+
+def _latest(lines: Iterable[dict], phase: str, regime: str, score: str) -> dict[str, dict[Block, float]]:
+    """method -> (pair, seed) -> accuracy, of the full schedule."""
+    found: dict[str, dict[Block, float]] = defaultdict(dict)
+    for line in lines:
+        if line["phase"] == phase and line["regime"] == regime and line["epochs"] == study.REGIMES[regime].epochs:
+            found[line["method"]][line["pair"], line["seed"]] = line[score]
+    return found
+
+
+def _comparison(scores: dict[str, dict[Block, float]], regime: str) -> list[str]:
+    if not scores:
+        return []
+    named = [method.name for method in (*study.METHODS, *study.ABLATIONS) if method.name in scores]
+    pairs = [pair.name for pair in study.PAIRS if any(pair.name == key[0] for found in scores.values() for key in found)]
+    draw(scores, named, pairs, HERE / f"methods-{regime}.svg")
+    return [
+        f"## Test accuracy, {_described(regime)}",
+        "",
+        f"![mean and standard deviation over seeds](methods-{regime}.svg)",
+        "",
+        *_table(scores, named, pairs, DEFAULT),
+    ]
+
+
+def _screening(scores: dict[str, dict[Block, float]], lines: Iterable[dict], regime: str) -> list[str]:
+    if not scores:
+        return []
+    named = [method.name for method in (*study.FORMS, *study.ABLATIONS) if method.name in scores]
+    pairs = [pair.name for pair in study.PAIRS if any(pair.name == key[0] for found in scores.values() for key in found)]
+    return [
+        f"## Forms of feedback and ablations, validation accuracy, {_described(regime)}",
+        "",
+        *_table(scores, named, pairs, FORM_REFERENCE),
+        *_forgetting(lines, regime),
+    ]
+
+
+def _described(regime: str) -> str:
+    limit, epochs = study.REGIMES[regime].limit, study.REGIMES[regime].epochs
+    return f"{limit:,} images, {epochs} epochs" if limit else f"all training images, {epochs} epochs"
+
+
+def _table(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[str], reference: str) -> list[str]:
+    """Mean and standard deviation per pair, and the paired difference to ``reference``, p corrected by Holm."""
+    tests = {name: _paired(scores[name], scores.get(reference, {})) for name in named if name != reference}
+    corrected = _holm({name: test[1] for name, test in tests.items() if test is not None})
+    head = f"| method | {' | '.join(pairs)} | difference to {reference!r}, points | trainings | corrected p |"
+    rows = [head, "|---" * (len(pairs) + 4) + "|"]
+    for name in named:
+        cells = [_cell([value for key, value in scores[name].items() if key[0] == pair]) for pair in pairs]
+        test = tests.get(name)
+        told = f"{100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))}" if test else f" | {len(scores[name])} | "
+        rows.append(f"| {name} | {' | '.join(cells)} | {told} |")
+    return [*rows, ""]
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    return f"{100 * mean(values):.2f}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else "< .001" if value < 0.001 else f"{value:.3f}"
+
+
+def _paired(one: dict[Block, float], other: dict[Block, float]) -> tuple[float, float | None, int] | None:
+    """Mean difference, p of the paired t-test over (pair, seed), and their number."""
+    common = sorted(one.keys() & other.keys())
+    if not common:
+        return None
+    differences = [one[key] - other[key] for key in common]
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if len(common) > 2 and len(set(differences)) > 1 else None
+    return mean(differences), p, len(common)
+
+
+def _holm(found: dict[str, float | None]) -> dict[str, float]:
+    """Holm's step-down correction for as many comparisons as there are rows."""
+    known = sorted((p, name) for name, p in found.items() if p is not None)
+    corrected, largest = {}, 0.0
+    for rank, (p, name) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        corrected[name] = largest
+    return corrected
+
+
+def _forgetting(lines: Iterable[dict], regime: str) -> list[str]:
+    """What became of the prompted teacher by the last epoch."""
+    rows = []
+    for line in lines:
+        told = line.get("diagnostics", {})
+        if line["phase"] == "screen" and line["regime"] == regime and told.get("drift_nats", 0.0) > 1e-6:
+            drop = 100 * (told["teacher_top1"] - told["prompted_top1"])
+            terms = json.dumps({name: round(value, 3) for name, value in line["losses"].items()})
+            rows.append(
+                f"| {line['method']} | {line['pair']} | {line['seed']} | {drop:+.1f} | {told['drift_nats']:.3f} | {terms} |"
+            )
+    if not rows:
+        return []
+    head = ["| form | pair | seed | drop, points | KL to the plain teacher, nats | losses |", "|---|---|---|---|---|---|"]
+    return [
+        "### Does the prompted teacher forget?",
+        "",
+        "On 512 validation images after the last epoch.",
+        "",
+        *head,
+        *sorted(rows),
+        "",
+    ]
+
+
+def draw(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[str], path: Path) -> None:
+    """Dots with error bars: one panel per pair, one row per method."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(
+        1, len(pairs), figsize=(3 + 2.6 * len(pairs), 0.8 + 0.3 * len(named)), sharey=True, squeeze=False
+    )
+    for panel, pair in zip(panels[0], pairs, strict=True):
+        for row, name in enumerate(named):
+            values = [100 * value for key, value in scores[name].items() if key[0] == pair]
+            if values:
+                spread = stdev(values) if len(values) > 1 else 0.0
+                colour = "C1" if name == DEFAULT else "C0"
+                panel.errorbar(mean(values), row, xerr=spread, fmt="o", color=colour, capsize=3)
+        panel.set_title(pair, fontsize=10)
+        panel.set_yticks(range(len(named)), named)
+        panel.grid(axis="x", alpha=0.3)
+    panels[0][0].invert_yaxis()
+    figure.supxlabel("test accuracy, %", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
