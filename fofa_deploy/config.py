@@ -23,7 +23,7 @@ class DataPlan(Frozen):
     """Where the images are and what the network sees of them."""
 
     name: str = Field(
-        description="'digits', 'idx', 'images' (no labels), or any timm data set: 'folder', 'torch/cifar10', 'hfds/...', 'wds/...'"
+        description="'digits', 'idx', 'shards', 'images' (no labels), or any timm data set: 'folder', 'torch/cifar10', 'hfds/...'"
     )
     root: Path | None = None
     train_split: str = "train"
