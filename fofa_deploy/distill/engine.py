@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
-"""Name in a plan -> module, which is the name of its package too."""
 
 
 def accelerator(plan: TrainPlan, folder: Path) -> Accelerator:
@@ -39,7 +38,7 @@ def accelerator(plan: TrainPlan, folder: Path) -> Accelerator:
     cuda = torch.cuda.is_available()
     if plan.precision == "fp16" and not cuda:
         raise BackendError("training in fp16 needs a GPU", "use precision = 'bf16' or 'fp32'")
-    if missing := [name for name in plan.trackers if importlib.util.find_spec(_TRACKERS[name]) is None]:
+    if missing := [name for name in plan.trackers if importlib.util.find_spec(name) is None]:
         raise BackendError(f"trackers are not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
     parallel.join()
     threads = torch.get_num_threads()
@@ -60,20 +59,22 @@ def accelerator(plan: TrainPlan, folder: Path) -> Accelerator:
     return found
 
 
-def start_trackers(engine: Accelerator, name: str, plan: TrainPlan) -> None:
-    """Begin a run of that name in every tracker of the plan; rank 0 alone does."""
+@contextmanager
+def tracking(engine: Accelerator, name: str, plan: TrainPlan, folder: Path) -> Iterator[None]:
+    """A run in every tracker of the plan; rank 0 alone keeps one. TensorBoard's is ``folder/fofa-deploy``."""
     if plan.trackers:
-        flat = {key: str(value) for key, value in plan.model_dump(exclude={"trackers"}).items()}
-        engine.init_trackers(name, flat)
-
-
-def stop_trackers(engine: Accelerator) -> None:
-    """Flush and close. Not `end_training`, which would dissolve the processes too: the student comes after the teacher."""
-    for tracker in engine.trackers:
-        tracker.finish()
+        settings = {key: str(value) for key, value in plan.model_dump().items()}
+        options = {"wandb": {"name": name, "dir": str(folder)}, "mlflow": {"run_name": name}}
+        engine.init_trackers("fofa-deploy", settings, options)
+    try:
+        yield
+    finally:
+        for tracker in engine.trackers:  # not end_training, which would part the processes before the next training
+            tracker.finish()
 
 
 def flat(values: Mapping[str, float | None], prefix: str) -> dict[str, float]:
+    """Named as trackers group them; what is not known is left out."""
     return {f"{prefix}/{name}": value for name, value in values.items() if value is not None}
 
 

@@ -51,16 +51,17 @@ class _Batches(Dataset[Batch]):
     """This process's part of the epoch's remaining batches, made wherever the data loader asks for it."""
 
     def __init__(self, data: Data, batches: list[Indices], seed: int, epoch: int) -> None:
-        self._data, self._batches, self._seed, self._epoch = data, batches, seed, epoch
+        self._data, self._seed, self._epoch = data, seed, epoch
+        self._batches = [(parallel.share(batch), len(batch)) for batch in batches]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, number: int) -> Batch:
-        positions = parallel.share(self._batches[number])
+        positions, total = self._batches[number]
         images = augmented(self._data.train, positions, self._data.plan, self._seed, self._epoch)
         # A copy in C order: ascontiguousarray keeps odd strides of a single channel, which make torch pick another kernel.
-        return images.copy(order="C"), self._data.train.labels[positions], len(self._batches[number])
+        return images.copy(order="C"), self._data.train.labels[positions], total
 
 
 class Trainer:
@@ -138,13 +139,12 @@ class Trainer:
         torch.manual_seed(self._seed + parallel.rank())  # every process drops paths of its own
         with parallel.unbroken():
             self._restore()
-            engine.start_trackers(self._engine, self._name, self._plan)
             total = self._plan.epochs * self._epoch_length
-            with interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
+            tracking = engine.tracking(self._engine, self._name, self._plan, self._folder)
+            with tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
                 while len(self._curve) < self._plan.epochs:
                     self._run_epoch(task, interrupted)
                 self._heed(interrupted)  # Ctrl-C while the last epoch was being validated
-            engine.stop_trackers(self._engine)
         if self._best is not None:
             self._student.load_state_dict(self._best)
         return tuple(self._curve)
