@@ -36,7 +36,7 @@ from fofa_deploy.environment import describe
 from fofa_deploy.models import build_model
 
 HERE = Path(__file__).parent
-SIDE, CLASSES, STEPS, COUNTED = 96, 100, 3, 2
+SIDE, CLASSES, STEPS, COUNTED = 64, 100, 3, 2
 PAIRS = [  # teacher, student, method, batches; the first batch of the first pair sets the rate
     ("timm:resnet50", "timm:resnet18", "kd", (16, 32)),
     ("timm:resnet50", "timm:resnet18", "fofa", (8, 16)),
@@ -44,7 +44,7 @@ PAIRS = [  # teacher, student, method, batches; the first batch of the first pai
     ("timm:convnext_tiny", "timm:resnet18", "fofa", (8,)),
 ]
 IMAGENET, IMAGENET_SIDE, IMAGENET_CLASSES = 1_281_167, 224, 1000
-IMAGENET_PAIRS = [("timm:resnet50", "timm:resnet18"), ("timm:convnext_base", "timm:mobilenetv3_large_100")]
+IMAGENET_PAIRS = [("timm:resnet50", "timm:resnet18"), ("timm:convnext_small", "timm:mobilenetv3_large_100")]
 GPU = {"name": "A100 80 GB", "peak": 312e12, "share": 0.30, "network": 25e9}
 """Assumed, not measured: bf16 operations per second, the share of them that training reaches, bytes per second between GPUs."""
 

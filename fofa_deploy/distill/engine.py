@@ -33,7 +33,7 @@ def accelerator(plan: TrainPlan, folder: Path) -> Accelerator:
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
     cuda = torch.cuda.is_available()
     if plan.precision == "fp16" and not cuda:
@@ -49,6 +49,9 @@ def accelerator(plan: TrainPlan, folder: Path) -> Accelerator:
         device_placement=False,
         log_with=list(plan.trackers) or None,
         project_dir=folder,
+        # The loop accumulates by itself, and compiles: what a launcher's configuration says about either must not do it again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        dynamo_backend="no",
         # A student may have parameters that a method does not reach, such as a second head.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
