@@ -75,6 +75,9 @@ class Trainer:
 
     Raises:
         TrainingError: loss, gradients or statistics left the finite numbers; the last checkpoint is good.
+        TrainingError: another process of the training is gone.
+        PlanError: a batch is too small to be shared by the processes.
+        BackendError: this machine lacks what the plan asks for.
         InterruptedRunError: Ctrl-C or SIGTERM, after a checkpoint.
     """
 
