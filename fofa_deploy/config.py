@@ -23,7 +23,7 @@ class DataPlan(Frozen):
     """Where the images are and what the network sees of them."""
 
     name: str = Field(
-        description="'digits', 'idx', 'images' (no labels), or any timm data set: 'folder', 'torch/cifar10', 'hfds/...', 'wds/...'"
+        description="'digits', 'idx', 'shards', 'images' (no labels), or any timm data set: 'folder', 'torch/cifar10', 'hfds/...'"
     )
     root: Path | None = None
     train_split: str = "train"
@@ -80,7 +80,7 @@ class TrainPlan(Frozen):
     """One training: AdamW, linear warm-up, cosine decay."""
 
     epochs: PositiveInt = 30
-    batch_size: PositiveInt = 128
+    batch_size: PositiveInt = Field(default=128, description="images per optimizer step, over all processes")
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     warmup_epochs: NonNegativeFloat = 1.0
@@ -89,12 +89,16 @@ class TrainPlan(Frozen):
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.0, description="decay of the averaged weights; 0 = off")
     precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of autocast while training")
     channels_last: bool = False
-    workers: NonNegativeInt = Field(default=0, description="data loader processes")
+    accumulate: PositiveInt = Field(default=1, description="passes that share a batch, one after another, to save memory")
+    compile: bool = Field(default=False, description="teacher and student by torch.compile; needs a C++ compiler on a CPU")
+    shard_teacher: bool = Field(default=False, description="spread the teacher's weights over the processes (FSDP)")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(default=(), description="where curves go, too")
+    workers: NonNegativeInt = Field(default=0, description="data loader processes, per training process")
     checkpoint_seconds: PositiveFloat = Field(default=60.0, description="longest time that a kill can cost")
 
     def decisive(self) -> dict[str, Any]:
         """The fields that decide a result, and so a stage's key."""
-        return self.model_dump(exclude={"workers", "checkpoint_seconds"})
+        return self.model_dump(exclude={"shard_teacher", "trackers", "workers", "checkpoint_seconds"})
 
 
 class TeacherPlan(ModelPlan):

@@ -18,13 +18,14 @@ from fofa_deploy import __version__, environment
 from fofa_deploy.capture import capture, write_expected
 from fofa_deploy.config import AccuracyPlan, ModelPlan, RunPlan, TeacherPlan, load_plan
 from fofa_deploy.data import Data, load_data, preprocessing, scan, write_split
+from fofa_deploy.distill import parallel
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_notices, read_summary
 from fofa_deploy.errors import BackendError, FofaError, PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.measure import Candidate
 from fofa_deploy.models import code_identity, find_model
 from fofa_deploy.profile import find_profile
-from fofa_deploy.progress import Progress
+from fofa_deploy.progress import Progress, Quiet
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
 from fofa_deploy.store import Store, write_atomic
@@ -284,10 +285,21 @@ def opened(plan: RunPlan, out: Path, progress: Progress, force: bool = False) ->
         LockedError: another process has it open.
         PlanError: the directory belongs to another plan, and ``force`` was not given.
     """
-    with Store(out) as store:
+    with Store(out) as store, parallel.leading():
         run = Run(plan, store, progress)
         record_plan(store, plan, force)
         yield run
+
+
+def follow(plan: RunPlan) -> bool:
+    """In a process that a launcher started beside rank 0: take part in its trainings to the end, then tell True.
+
+    Rank 0, and a process that is alone, is told False at once, and does everything else.
+    """
+    if parallel.rank() == 0:
+        return False
+    Workshop(load_data(plan.data, plan.seed), plan.seed, plan.threads, Quiet()).follow()
+    return True
 
 
 def compress_and_export(plan: RunPlan, out: Path, progress: Progress, force: bool = False) -> RunReport:

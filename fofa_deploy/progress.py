@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
 from typing import Protocol
 
 LINE_SECONDS = 10.0
@@ -53,14 +54,19 @@ class _Lines:
     """A line every ten seconds, for logs; tasks that are over before say nothing."""
 
     def __init__(self, name: str, total: int, done: int) -> None:
-        self._name, self._total, self._done = name, max(total, 1), done
-        self._said = time.monotonic()
+        self._name, self._total, self._done, self._begun = name, max(total, 1), done, done
+        self._started = self._said = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self._done += steps
         if time.monotonic() - self._said > LINE_SECONDS:
             self._said = time.monotonic()
-            print(f"  {self._name}: {self._done}/{self._total}  {note}", file=sys.stderr, flush=True)
+            print(f"  {self._name}: {self._done}/{self._total}, {self._left()} left  {note}", file=sys.stderr, flush=True)
+
+    def _left(self) -> timedelta:
+        """At the pace so far."""
+        pace = (time.monotonic() - self._started) / max(self._done - self._begun, 1)
+        return timedelta(seconds=round(pace * (self._total - self._done)))
 
 
 class Terminal:

@@ -28,8 +28,10 @@ def command(plan: str, out: Path | None, overrides: tuple[str, ...], dry_run: bo
     if out is None:
         raise click.UsageError("name the run directory with --out")
     from fofa_deploy.cli.show import outcome, progress
-    from fofa_deploy.pipeline import compress_and_export, failures
+    from fofa_deploy.pipeline import compress_and_export, failures, follow
 
+    if follow(resolved):
+        return
     report = compress_and_export(resolved, out, progress(quiet), force)
     outcome(report, out)
     problems = failures(resolved, report)

@@ -22,8 +22,10 @@ def command(plan: str, out: Path, overrides: tuple[str, ...], force: bool, quiet
     resolved = load_plan(plan, overrides)
     from fofa_deploy.cli.show import progress
     from fofa_deploy.distill.job import read_summary
-    from fofa_deploy.pipeline import opened
+    from fofa_deploy.pipeline import follow, opened
 
+    if follow(resolved):
+        return
     with opened(resolved, out, progress(quiet), force) as run:
         summary = read_summary(run.student)
         accuracy = "" if summary.top1 is None else f", test top-1 {summary.top1:.2%}"

@@ -44,7 +44,9 @@ def command(
     else:
         plan = ready_made(Path(source), model, classes, images, overrides)
     from fofa_deploy.cli.show import progress
-    from fofa_deploy.pipeline import opened
+    from fofa_deploy.pipeline import follow, opened
 
+    if follow(plan):
+        return
     with opened(plan, out, progress(quiet), force) as run:
         click.echo(run.graph / "model.onnx")

@@ -63,14 +63,14 @@ def _shifted(images: Pixels, most: int, chance: NDArray[np.float64]) -> Pixels:
     return picked.transpose(0, 3, 1, 2)
 
 
-def epoch_batches(count: int, batch_size: int, seed: int, epoch: int) -> list[Indices]:
+def epoch_batches(count: int, batch_size: int, seed: int, epoch: int, least: int = 2) -> list[Indices]:
     """The epoch's batches as positions in the split, shuffled by (seed, epoch); the last one may be smaller.
 
-    A last batch of one image joins the one before it: batch statistics need two.
+    A last batch of fewer than ``least`` images joins the one before it: batch statistics need two, in every process.
     """
     order = np.random.default_rng((seed, epoch)).permutation(count)
     batches = [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    if len(batches) > 1 and len(batches[-1]) == 1:
+    if len(batches) > 1 and len(batches[-1]) < least:
         batches[-2:] = [np.concatenate(batches[-2:])]
     return batches
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fofa_deploy.config import DataPlan
+from fofa_deploy.data.shards import SUFFIXES, Shards, class_names, open_shards
 from fofa_deploy.errors import DataError
 from fofa_deploy.store import digest
 from fofa_deploy.types import Preprocessing, digest_file
@@ -52,6 +55,10 @@ class Source(Protocol):
 
     def name(self, index: int) -> str:
         """What to call an image in an error message."""
+        ...
+
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        """An image as a file would hold it, and the suffix of such a file."""
         ...
 
 
@@ -106,6 +113,15 @@ class ArraySource:
     def name(self, index: int) -> str:
         return f"{self._where}, image {index}"
 
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        return _png(self._pixels[index]), "png"
+
+
+def _png(pixels: Pixels) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0).squeeze()).save(stream, "png")
+    return stream.getvalue()
+
 
 def array_digest(array: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
@@ -124,6 +140,8 @@ class FileSource:
     @cached_property
     def digest(self) -> str:
         """Of every file's content and place below the root; of the decoded images where there are no files."""
+        if isinstance(self._items, Shards):
+            return self._items.digest
         if self.files:
             root = self._plan.root or Path()
             rows = [
@@ -144,10 +162,16 @@ class FileSource:
         return np.stack([self._decode(int(i), box) for i, box in zip(indices, chosen, strict=True)])
 
     def _decode(self, index: int, box: Sequence[float]) -> Pixels:
+        with self._naming(index):
+            return self._pixels(index, box)
+
+    @contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Say which image could not be read."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return self._pixels(index, box)
+                yield
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombWarning) as error:
             raise DataError(f"{self.name(index)} cannot be decoded: {error}", "replace or remove the file") from error
         except Image.DecompressionBombError as error:
@@ -160,7 +184,21 @@ class FileSource:
         with found as stream, Image.open(stream) as image:
             return to_pixels(image, self._plan, box)
 
+    def encoded(self, index: int) -> tuple[bytes, str]:
+        """A file's own bytes; what a data set has decoded already is encoded again, losslessly."""
+        with self._naming(index):
+            found = self._items[index][0]
+            if isinstance(found, Image.Image):
+                return _png(to_pixels(found, self._plan)), "png"
+            with found as stream:
+                content: bytes = stream.read()
+            with Image.open(io.BytesIO(content)) as image:
+                suffix = (image.format or "").lower()
+            return content, suffix if suffix in SUFFIXES else "jpg"  # of multi-picture files, which cameras write
+
     def name(self, index: int) -> str:
+        if isinstance(self._items, Shards):
+            return self._items.name(index)
         if self._samples is None:
             return f"{self._where}, image {index}"
         first = self._samples[index][0]
@@ -252,6 +290,13 @@ class _ImageFiles:
         return self.samples[index][0].open("rb"), 0
 
 
+def _shards(plan: DataPlan) -> tuple[Source, Source]:
+    root = _root(plan)
+    train, test = (open_shards(root, split) for split in (plan.train_split, plan.test_split))
+    named = plan.model_copy(update={"class_names": plan.class_names or class_names(root, train, test)})
+    return FileSource(train, named, str(root)), FileSource(test, named, str(root))
+
+
 def _images(plan: DataPlan) -> tuple[Source, Source]:
     """Every image file below the root, every fifth one for testing; or, where there are both, the folders of the two splits."""
     root = _root(plan)
@@ -311,7 +356,7 @@ def open_sources(plan: DataPlan) -> tuple[Source, Source]:
     Raises:
         DataError: nothing there, a file is broken, or a label is out of range.
     """
-    train, test = {"digits": _digits, "idx": _idx, "images": _images}.get(plan.name, _timm)(plan)
+    train, test = {"digits": _digits, "idx": _idx, "images": _images, "shards": _shards}.get(plan.name, _timm)(plan)
     for source in (train, test):
         check_labels(source)
     if train.class_names != test.class_names:

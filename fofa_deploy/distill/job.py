@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from fofa_deploy.config import DistillPlan, ModelPlan, TeacherPlan, TrainPlan
 from fofa_deploy.data import Data, preprocessing
+from fofa_deploy.distill import parallel
 from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
@@ -29,7 +31,11 @@ WEIGHTS, SUMMARY, CURVE, NOTICES = "weights.safetensors", "summary.json", "curve
 
 @dataclass(frozen=True)
 class Workshop:
-    """What every training of a run shares."""
+    """What every training of a run shares.
+
+    Of several processes, rank 0 calls `fit` and `distill`, and the others `follow`. They read the same data, and the run
+    directory too, so it lies where all of them see it.
+    """
 
     data: Data
     seed: int
@@ -38,7 +44,7 @@ class Workshop:
 
     def new(self, plan: ModelPlan) -> nn.Module:
         """The plan's model with its own weights, or freshly initialized ones that depend on the seed alone."""
-        torch.set_num_threads(self.threads or Execution().thread_count)
+        torch.set_num_threads(self.threads or max(1, Execution().thread_count // parallel.neighbours()))
         torch.manual_seed(self.seed)
         return build_model(plan, len(self.data.class_names), self.data.plan.channels, self.data.plan.image_size)
 
@@ -48,12 +54,18 @@ class Workshop:
         load_weights(model, folder / WEIGHTS)
         return model.eval()
 
+    def follow(self) -> None:
+        """Take part in every training that rank 0 begins, until it says that there are no more."""
+        for training, arguments in parallel.orders():
+            getattr(self, training)(*arguments)
+
     def fit(self, plan: TeacherPlan, out: Path) -> None:
         """A teacher: ready-made, or trained by cross-entropy alone."""
         if _is_done(out):
             return
         model = self.new(plan)
         if plan.fit:
+            parallel.announce(("fit", (plan, out)))
             alone = DistillPlan(method="none", **{name: getattr(plan.fit, name) for name in TrainPlan.model_fields})
             self._train(self._objective(model, plan, alone), alone, out, "fit the teacher")
         self._finish(plan, model, out)
@@ -64,9 +76,10 @@ class Workshop:
             return
         model = self.new(plan)
         if distill:
+            parallel.announce(("distill", (plan, distill, out, taught_by)))
             taught_by = None if distill.method == "none" else taught_by
             objective = self._objective(model, plan, distill, taught_by)
-            write_atomic(out / NOTICES, json.dumps(objective.notices).encode())
+            _write(out / NOTICES, objective.notices)
             self._train(objective, distill, out, f"distill the student ({distill.method})")
         self._finish(plan, model, out)
 
@@ -83,14 +96,15 @@ class Workshop:
 
     def _train(self, objective: Objective, plan: TrainPlan, out: Path, name: str) -> None:
         trainer = Trainer(objective, self.data, preprocessing(self.data.plan), plan, self.seed, out, self.progress, name)
-        records = [epoch.model_dump(mode="json") for epoch in trainer.run()]
-        write_atomic(out / CURVE, json.dumps(records, indent=1, allow_nan=False).encode())
+        _write(out / CURVE, [epoch.model_dump(mode="json") for epoch in trainer.run()])
 
     def _finish(self, plan: ModelPlan, model: nn.Module, out: Path) -> None:
         """Weights and accuracy; the test split is read here for the record, and decides nothing."""
-        model = model.cpu().eval()
-        save_weights(model, out / WEIGHTS)
-        summary = ModelSummary(model=plan.model, params=parameter_count(model), **self._accuracy(model))
+        if parallel.rank() > 0:
+            return
+        accuracy = self._accuracy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval())
+        save_weights(model.cpu(), out / WEIGHTS)
+        summary = ModelSummary(model=plan.model, params=parameter_count(model), **accuracy)
         write_atomic(out / SUMMARY, summary.model_dump_json(indent=1).encode())
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
@@ -105,6 +119,11 @@ class Workshop:
             "top5": topk(test, self.data.test.labels, 5),
             "top1_validation": topk(validation, self.data.validation.labels, 1),
         }
+
+
+def _write(path: Path, records: Sequence[object]) -> None:
+    if parallel.rank() == 0:
+        write_atomic(path, json.dumps(records, indent=1, allow_nan=False).encode())
 
 
 def check_floor(plan: TeacherPlan, summary: ModelSummary, classes: int) -> None:

@@ -2,18 +2,19 @@
 
 On one machine, one build and one thread count a resumed run is bit-identical to one that was never interrupted: batches
 and augmentation depend on (seed, epoch, index) alone, and the checkpoint holds everything else that moves.
+
+Several processes share each batch, so that what is learned does not depend on their number: each takes its part of the same
+images, weighted by its size. All of them run this loop in step; rank 0 alone writes and reports.
 """
 
 from __future__ import annotations
 
 import math
-import random
-import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fofa_deploy.config import TrainPlan
-from fofa_deploy.data import Data, augmented, epoch_batches, eval_batches
+from fofa_deploy.data import Data, Split, augmented, epoch_batches, eval_batches
 from fofa_deploy.data.sources import Indices, Pixels
-from fofa_deploy.distill import checkpoint
+from fofa_deploy.distill import checkpoint, engine, parallel
+from fofa_deploy.distill.interrupt import interruptible
 from fofa_deploy.distill.objective import Losses, Objective
-from fofa_deploy.errors import InterruptedRunError, TrainingError
+from fofa_deploy.errors import InterruptedRunError, PlanError, TrainingError
 from fofa_deploy.inference import Normalize, predict
 from fofa_deploy.metrics import topk
 from fofa_deploy.progress import Progress, Task
@@ -38,24 +40,28 @@ from fofa_deploy.types import Preprocessing
 DIAGNOSED = 512
 """Validation images that per-epoch diagnostics look at."""
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-Batch = tuple[Pixels, Indices]
+TRACKED = 50
+"""Steps between two entries in the trackers."""
+
+Batch = tuple[Pixels, Indices, int]
+"""Images and labels of this process, and the number of images in the whole batch."""
 
 
 class _Batches(Dataset[Batch]):
-    """The epoch's remaining batches, made wherever the data loader asks for them."""
+    """This process's part of the epoch's remaining batches, made wherever the data loader asks for it."""
 
     def __init__(self, data: Data, batches: list[Indices], seed: int, epoch: int) -> None:
-        self._data, self._batches, self._seed, self._epoch = data, batches, seed, epoch
+        self._data, self._seed, self._epoch = data, seed, epoch
+        self._batches = [(parallel.share(batch), len(batch)) for batch in batches]
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, number: int) -> Batch:
-        positions = self._batches[number]
+        positions, total = self._batches[number]
         images = augmented(self._data.train, positions, self._data.plan, self._seed, self._epoch)
         # A copy in C order: ascontiguousarray keeps odd strides of a single channel, which make torch pick another kernel.
-        return images.copy(order="C"), self._data.train.labels[positions]
+        return images.copy(order="C"), self._data.train.labels[positions], total
 
 
 class Trainer:
@@ -69,6 +75,9 @@ class Trainer:
 
     Raises:
         TrainingError: loss, gradients or statistics left the finite numbers; the last checkpoint is good.
+        TrainingError: another process of the training is gone.
+        PlanError: a batch is too small to be shared by the processes.
+        BackendError: this machine lacks what the plan asks for.
         InterruptedRunError: Ctrl-C or SIGTERM, after a checkpoint.
     """
 
@@ -84,18 +93,21 @@ class Trainer:
         name: str = "train",
     ) -> None:
         self._plan, self._data, self._seed, self._folder, self._progress, self._name = plan, data, seed, folder, progress, name
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._engine = engine.accelerator(plan, folder)
+        self._device = self._engine.device
         self._objective = objective.to(self._device)
         self._preprocessing = preprocessing
         self._normalize = Normalize(preprocessing).to(self._device)
         if plan.channels_last:
             self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._optimizer = torch.optim.AdamW(objective.parameter_groups(plan.lr, plan.weight_decay))
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=plan.precision == "fp16")
         self._average = _copy(self._student) if plan.ema else None
+        self._transform()
+        optimizer = torch.optim.AdamW(objective.parameter_groups(plan.lr, plan.weight_decay))
+        self._wrapped, self._optimizer = self._engine.prepare(objective, optimizer)
         self._step = 0
         self._offset = 0  # batches of the current epoch that are done
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, float] = {}  # of this process
+        self._last: dict[str, float] = {}
         self._seconds = 0.0
         self._curve: list[Epoch] = []
         self._best: dict[str, Tensor] | None = None
@@ -105,19 +117,37 @@ class Trainer:
     def _student(self) -> nn.Module:
         return self._objective.student.model
 
+    def _transform(self) -> None:
+        teacher = self._objective.teacher
+        if self._plan.compile:
+            for tapped in filter(None, (self._objective.student, teacher)):
+                engine.compiled(tapped)
+        if self._plan.shard_teacher and teacher is not None:
+            engine.sharded(teacher)
+
+    def _epoch_batches(self, epoch: int) -> list[Indices]:
+        pieces = parallel.size() * self._plan.accumulate
+        count, least = len(self._data.train), 2 * pieces
+        if pieces > 1 and min(count, self._plan.batch_size) < least:
+            problem = f"a batch of {min(count, self._plan.batch_size)} images cannot be shared by {pieces} passes"
+            raise PlanError(problem, f"make {self._name}'s batch_size at least {least}, or use fewer processes")
+        return epoch_batches(count, self._plan.batch_size, self._seed, epoch, least)
+
     @cached_property
     def _epoch_length(self) -> int:
-        return len(epoch_batches(len(self._data.train), self._plan.batch_size, self._seed, 0))
+        return len(self._epoch_batches(0))
 
     def run(self) -> tuple[Epoch, ...]:
         """Train to the end of the plan; returns one record per epoch."""
-        torch.manual_seed(self._seed)
-        self._restore()
-        total = self._plan.epochs * self._epoch_length
-        with _interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
-            while len(self._curve) < self._plan.epochs:
-                self._run_epoch(task, interrupted)
-            self._heed(interrupted)  # Ctrl-C while the last epoch was being validated
+        torch.manual_seed(self._seed + parallel.rank())  # every process drops paths of its own
+        with parallel.unbroken():
+            self._restore()
+            total = self._plan.epochs * self._epoch_length
+            tracking = engine.tracking(self._engine, self._name, self._plan, self._folder)
+            with tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
+                while len(self._curve) < self._plan.epochs:
+                    self._run_epoch(task, interrupted)
+                self._heed(interrupted)  # Ctrl-C while the last epoch was being validated
         if self._best is not None:
             self._student.load_state_dict(self._best)
         return tuple(self._curve)
@@ -126,26 +156,29 @@ class Trainer:
         self._objective.train()
         started = saved = time.monotonic()
         elapsed_before = self._seconds
-        for images, labels in self._batches():
-            self._train_step(images, labels)
+        for images, labels, total in self._batches():
+            self._train_step(images, labels, total)
             now = time.monotonic()
             self._seconds = elapsed_before + now - started
             task.advance(note=self._note())
-            self._heed(interrupted)
-            if now - saved > self._plan.checkpoint_seconds:
-                self._save()
+            self._track()
+            if self._heed(interrupted, due=now - saved > self._plan.checkpoint_seconds):
                 saved = now
         self._finish_epoch()
 
-    def _heed(self, interrupted: threading.Event) -> None:
-        if interrupted.is_set():
+    def _heed(self, interrupted: threading.Event, due: bool = False) -> bool:
+        """Whether a checkpoint was written: all processes stop, or save, after the same step."""
+        stop, save = parallel.any_rank(interrupted.is_set(), due and parallel.rank() == 0)
+        if stop or save:
             self._save()
+        if stop:
             action = "run the same command again to go on from there"
             raise InterruptedRunError(f"interrupted at step {self._step}, checkpoint written", action)
+        return save
 
     def _batches(self) -> Iterator[Batch]:
         epoch = len(self._curve)
-        batches = epoch_batches(len(self._data.train), self._plan.batch_size, self._seed, epoch)[self._offset :]
+        batches = self._epoch_batches(epoch)[self._offset :]
         dataset = _Batches(self._data, batches, self._seed, epoch)
         if not self._plan.workers:
             return (dataset[i] for i in range(len(dataset)))
@@ -153,34 +186,44 @@ class Trainer:
         generator = torch.Generator().manual_seed(self._seed)
         return iter(DataLoader(dataset, batch_size=None, num_workers=self._plan.workers, collate_fn=_as_is, generator=generator))
 
-    def _train_step(self, images: Pixels, labels: Indices) -> None:
+    def _train_step(self, images: Pixels, labels: Indices, total: int) -> None:
+        """One step of the optimizer, by this process's images of a batch of ``total``."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate() * group.get("lr_scale", 1.0)
-        losses = self._forward(images, labels)
-        if not losses.total.isfinite():
-            self._diverged("the loss is not finite", losses)
         self._optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(losses.total).backward()
-        self._scaler.unscale_(self._optimizer)
-        norm = nn.utils.clip_grad_norm_((p for p in self._objective.parameters() if p.requires_grad), self._plan.clip_norm)
-        if not self._scaler.is_enabled() and not norm.isfinite():
-            self._diverged("the gradient is not finite", losses)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        pieces = np.array_split(np.arange(len(labels)), self._plan.accumulate)
+        for number, piece in enumerate(pieces, 1):
+            # Gradients are averaged over the processes; of a loss that is a mean over images, the mean of the batch is wanted.
+            weight = parallel.size() * len(piece) / total
+            with nullcontext() if number == len(pieces) else self._engine.no_sync(self._wrapped):
+                self._backward(images[piece[0] : piece[-1] + 1], labels[piece[0] : piece[-1] + 1], weight)
+        parameters = [p for p in self._objective.parameters() if p.requires_grad]
+        norm = self._engine.clip_grad_norm_(parameters, self._plan.clip_norm)
+        if self._engine.scaler is None and not norm.isfinite():
+            self._diverged("the gradient is not finite")
+        self._optimizer.step()
         if self._average is not None:
             _average(self._average, self._student, self._plan.ema)
         self._step += 1
         self._offset += 1
-        self._count(losses, len(labels))
+
+    def _backward(self, images: Pixels, labels: Indices, weight: float) -> None:
+        losses = self._forward(images, labels)
+        self._last = _values(losses)
+        (bad,) = parallel.any_rank(not math.isfinite(self._last["total"]))
+        if bad:
+            self._diverged("the loss is not finite")
+        self._engine.backward(losses.total * weight)
+        for name, value in self._last.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value * len(labels)
+        self._sums["images"] = self._sums.get("images", 0.0) + len(labels)
 
     def _forward(self, images: Pixels, labels: Indices) -> Losses:
         batch = self._normalize(torch.from_numpy(images).to(self._device, non_blocking=True))
         if self._plan.channels_last:
             batch = batch.contiguous(memory_format=torch.channels_last)
         target = torch.from_numpy(labels).to(self._device, non_blocking=True)
-        dtype = _AUTOCAST.get(self._plan.precision)
-        with torch.autocast(self._device.type, dtype=dtype, enabled=dtype is not None):
-            losses: Losses = self._objective(batch, target)
+        losses: Losses = self._wrapped(batch, target)
         return losses
 
     def _rate(self) -> float:
@@ -191,23 +234,20 @@ class Trainer:
             return self._plan.lr * (self._step + 1) / (warm + 1)
         return self._plan.lr * 0.5 * (1 + math.cos(math.pi * (self._step - warm) / max(total - warm, 1)))
 
-    def _count(self, losses: Losses, images: int) -> None:
-        for name, value in {"total": losses.total.detach(), **losses.terms}.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(value) * images
-        self._sums["images"] = self._sums.get("images", 0.0) + images
-
-    def _means(self) -> dict[str, float]:
-        images = max(self._sums.get("images", 0.0), 1.0)
-        return {name: value / images for name, value in self._sums.items() if name != "images"}
-
     def _note(self) -> str:
         last = f" top1 {self._curve[-1].top1:.4f}" if self._curve and self._curve[-1].top1 is not None else ""
-        return f"epoch {len(self._curve) + 1}/{self._plan.epochs} loss {self._means()['total']:.4f}{last}"
+        speed = parallel.size() * self._sums["images"] / max(self._seconds, 1e-9)
+        loss = _means(self._sums)["total"]
+        return f"epoch {len(self._curve) + 1}/{self._plan.epochs} loss {loss:.4f}{last} {speed:.0f} images/s"
+
+    def _track(self) -> None:
+        if self._plan.trackers and self._step % TRACKED == 0:
+            self._engine.log({**engine.flat(self._last, "step"), "step/lr": self._rate()}, self._step)
 
     def _finish_epoch(self) -> None:
         model = self._average if self._average is not None else self._student
-        top1 = topk(predict(model, self._data.validation, self._preprocessing), self._data.validation.labels, 1)
-        means = self._means()
+        top1 = self._validate(model)
+        means = _means(_added(parallel.every(self._sums)))
         loss = means.pop("total")
         self._curve.append(
             Epoch(
@@ -221,10 +261,21 @@ class Trainer:
                 seconds=round(self._seconds, 3),
             )
         )
+        if self._plan.trackers:
+            shown = {"loss": loss, "top1": top1, "seconds": self._seconds, **means, **self._curve[-1].diagnostics}
+            self._engine.log(engine.flat(shown, "epoch"), self._step)
         if top1 > self._best_top1:
             self._best_top1, self._best = top1, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         self._offset, self._sums, self._seconds = 0, {}, 0.0
         self._save()
+
+    def _validate(self, model: nn.Module) -> float:
+        """Top-1 on the validation split, which the processes share; counting makes it exact for any number of them."""
+        parallel.copy_from_first(model)  # statistics of batches, which differ between processes
+        split = self._data.validation
+        part = Split(split.source, parallel.share(split.indices))
+        hits = topk(predict(model, part, self._preprocessing), part.labels, 1) * len(part) if len(part) else 0.0
+        return sum(parallel.every(round(hits))) / len(split)
 
     def _diagnose(self) -> dict[str, float]:
         """The teacher's and the prompted teacher's accuracy and KL(z_T || z_T'), on validation images."""
@@ -237,54 +288,81 @@ class Trainer:
         names = {"teacher_correct": "teacher_top1", "prompted_correct": "prompted_top1", "drift_nats": "drift_nats"}
         return {name: sums[key] / sums["samples"] for key, name in names.items()}
 
-    def _diverged(self, what: str, losses: Losses) -> None:
-        terms = ", ".join(f"{name} {float(value):.4g}" for name, value in losses.terms.items())
+    def _diverged(self, what: str) -> None:
+        terms = ", ".join(f"{name} {value:.4g}" for name, value in self._last.items() if name != "total")
         action = f"lower {self._name}'s lr or train in fp32; the last checkpoint in {self._folder} is from before"
         raise TrainingError(f"{what} at step {self._step} ({terms})", action)
 
     def _save(self) -> None:
-        checkpoint.save(self._folder / "checkpoints", self._step, self._state())
+        """By rank 0; nobody goes on, or away, before it is done."""
+        mine = {"sums": dict(self._sums), "rng": checkpoint.random_state()}
+        ranks = parallel.every(mine)
+        if parallel.rank() == 0:
+            checkpoint.save(self._folder / "checkpoints", self._step, {**self._state(), "ranks": ranks})
+        parallel.any_rank()
 
     def _state(self) -> dict[str, Any]:
         return {
             "objective": self._objective.state_dict(),
             "optimizer": self._optimizer.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "scaler": {} if self._engine.scaler is None else self._engine.scaler.state_dict(),
             "average": None if self._average is None else self._average.state_dict(),
             "best": self._best,
             "best_top1": self._best_top1,
             "step": self._step,
             "offset": self._offset,
-            "sums": dict(self._sums),
             "seconds": self._seconds,
             "curve": [epoch.model_dump(mode="json") for epoch in self._curve],
-            "rng": _random_state(),
             "made_with": _made_with(),
         }
 
     def _restore(self) -> None:
-        state, notices = checkpoint.load_newest(self._folder / "checkpoints")
+        found = checkpoint.load_newest(self._folder / "checkpoints") if parallel.rank() == 0 else (None, [])
+        state, notices = parallel.from_first(found)
         for notice in notices:
             self._progress.say(notice)
         if state is None:
             return
         self._objective.load_state_dict(state["objective"])
         self._optimizer.load_state_dict(state["optimizer"])
-        self._scaler.load_state_dict(state["scaler"])
+        if self._engine.scaler is not None:
+            self._engine.scaler.load_state_dict(state["scaler"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
         self._best, self._best_top1 = state["best"], state["best_top1"]
-        self._step, self._offset, self._sums, self._seconds = state["step"], state["offset"], state["sums"], state["seconds"]
+        self._step, self._offset, self._seconds = state["step"], state["offset"], state["seconds"]
         self._curve = [Epoch.model_validate(epoch) for epoch in state["curve"]]
-        _set_random_state(state["rng"])
+        self._resume_as(parallel.rank(), state["ranks"])
         self._progress.say(f"{self._name}: going on from step {self._step}")
         if state["made_with"] != _made_with():
             self._progress.say(f"notice: it was begun with {state['made_with']}, now it is {_made_with()}: not bit-identical")
 
+    def _resume_as(self, rank: int, ranks: list[dict[str, Any]]) -> None:
+        """Take up one process's own state, or, where their number has changed, share out what counts."""
+        if len(ranks) == parallel.size():
+            self._sums = ranks[rank]["sums"]
+            checkpoint.set_random_state(ranks[rank]["rng"])
+        elif rank == 0:
+            self._sums = _added([each["sums"] for each in ranks])
+
+
+def _values(losses: Losses) -> dict[str, float]:
+    """All terms as numbers, fetched from the device at once."""
+    named = {"total": losses.total.detach(), **losses.terms}
+    return dict(zip(named, torch.stack([value.double() for value in named.values()]).tolist(), strict=True))
+
+
+def _added(sums: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(each.get(name, 0.0) for each in sums) for name in sums[0]}
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    return {name: value / sums["images"] for name, value in sums.items() if name != "images"}
+
 
 def _made_with() -> dict[str, Any]:
     """What a bit-identical resumption needs to be the same."""
-    return {"torch": str(torch.__version__), "threads": torch.get_num_threads()}
+    return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "processes": parallel.size()}
 
 
 def _as_is(batch: Any) -> Any:  # noqa: ANN401 - batches are made whole by the data set
@@ -306,46 +384,3 @@ def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
             mean.lerp_(value, 1 - decay)
         else:
             mean.copy_(value)
-
-
-def _random_state() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(numbers), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
-    }
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event, so that a checkpoint can be written; the second one acts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: object) -> None:
-        event.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -16,8 +17,12 @@ import torch
 from fofa_deploy.config import load_plan
 from fofa_deploy.data import load_data
 from fofa_deploy.distill import checkpoint
+from fofa_deploy.distill.engine import _parts as parts_of
+from fofa_deploy.distill.engine import compiled
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_summary
-from fofa_deploy.errors import IntegrityError, InterruptedRunError, TrainingError
+from fofa_deploy.distill.tapped import TappedModel
+from fofa_deploy.distill.taps import tap
+from fofa_deploy.errors import BackendError, IntegrityError, InterruptedRunError, TrainingError
 from fofa_deploy.progress import Quiet
 from fofa_deploy.results import ModelSummary
 from fofa_deploy.types import digest_file
@@ -88,8 +93,8 @@ def _interrupt_after(monkeypatch, steps: int) -> None:
 
     step = Trainer._train_step
 
-    def counted(self, images, labels):
-        step(self, images, labels)
+    def counted(self, *batch):
+        step(self, *batch)
         if self._step == steps:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -181,3 +186,65 @@ def test_bf16_autocast_trains(tmp_path, teacher):
     plan = small_plan("distill.precision='bf16'", "distill.epochs=1", "distill.channels_last=true")
     distilled(plan, tmp_path / "student", teacher)
     assert read_curve(tmp_path / "student")[0].loss > 0
+
+
+def test_trackers_get_the_curve(tmp_path, teacher):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    distilled(small_plan("distill.method='kd'", "distill.trackers=['tensorboard']"), tmp_path / "student", teacher)
+    events = EventAccumulator(str(tmp_path / "student" / "fofa-deploy")).Reload()
+    curve = read_curve(tmp_path / "student")
+    for name in ("loss", "top1"):
+        told = [(event.step, event.value) for event in events.Scalars(f"epoch/{name}")]
+        assert told == [(epoch.step, pytest.approx(getattr(epoch, name), rel=1e-6)) for epoch in curve]
+    assert {"epoch/ce", "epoch/kd", "epoch/teacher_top1"} <= set(events.Tags()["scalars"])
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named_before_training(tmp_path, teacher, name):
+    if importlib.util.find_spec(name):
+        pytest.skip(f"{name} is installed here")
+    with pytest.raises(BackendError, match=f"trackers are not installed: {name}"):
+        distilled(small_plan(f"distill.trackers=['{name}']"), tmp_path / "student", teacher)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, which trains in fp16")
+def test_fp16_is_refused_on_a_cpu(tmp_path, teacher):
+    with pytest.raises(BackendError, match="fp16 needs a GPU"):
+        distilled(small_plan("distill.precision='fp16'"), tmp_path / "student", teacher)
+
+
+def compilable() -> TappedModel:
+    torch.manual_seed(0)
+    return TappedModel(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 8), torch.nn.GELU(), torch.nn.Linear(8, 3)), (), ()
+    )
+
+
+def test_a_compiled_model_computes_what_it_did():
+    plain, model, images = compilable(), compilable(), torch.randn(4, 3, 2, 2)
+    compiled(model)
+    outputs = [tapped(images).logits for tapped in (plain, model)]
+    assert torch.allclose(*outputs, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "nothing was compiled"
+    assert model.model.state_dict().keys() == plain.model.state_dict().keys()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, for which no C++ compiler is needed")
+def test_without_a_compiler_compilation_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackendError, match=r"needs a C\+\+ compiler"):
+        compiled(compilable())
+
+
+def test_models_are_cut_where_no_feature_is_taken(teacher):
+    """The parts hold every weight once, and no place where hooks sit lies inside one."""
+    plan = small_plan()
+    tapped = tap(workshop(plan).new(plan.student), (1, 16, 16), stages=2)
+    names = {module: name for name, module in tapped.model.named_modules()}
+    parts = [names[part] for part in parts_of(tapped)]
+    assert {"blocks.0", "blocks.1"} <= set(parts)
+    held = [name for name, _ in tapped.model.named_parameters() if any(name.startswith(f"{part}.") for part in parts)]
+    assert len(held) > 20
+    assert not [stage.module for stage in tapped.stages for part in parts if stage.module.startswith(f"{part}.")]
