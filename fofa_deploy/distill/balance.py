@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
+
+from fofa_deploy.distill.parallel import averaged
 
 INTERVAL = 20
 """Steps from one measurement to the next: one costs a backward pass through the student per term."""
@@ -45,22 +47,13 @@ class GradientBalance(nn.Module):
         return dict(zip(self._names[1:], torch.where(known, scales, torch.ones_like(scales)), strict=True))
 
     def _measure(self, terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
-        found = _averaged(torch.stack([_gradient_norm(terms[name], parameters) for name in self._names]))
+        found = torch.stack([_gradient_norm(terms[name], parameters) for name in self._names])
         if found.isfinite().all():
             memory = _MEMORY if int(self.steps) else 0.0
             self.norms.lerp_(found, 1 - memory)
 
 
 def _gradient_norm(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Of the whole batch, wherever its parts are: averaged over processes first, as the optimizer's gradient is."""
     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    norms = [gradient.float().norm() for gradient in gradients if gradient is not None]
-    norm: Tensor = torch.stack(norms).norm()
-    return norm
-
-
-def _averaged(norms: Tensor) -> Tensor:
-    """Over processes: all must scale alike."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(norms)
-        norms /= distributed.get_world_size()
-    return norms
+    return averaged(torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])).norm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fofa_deploy.distill import parallel
 from fofa_deploy.distill.prompts import resize
 
 
@@ -35,8 +36,8 @@ class Standardizer(nn.Module):
 
     @torch.no_grad()
     def update(self, plain: Tensor) -> None:
-        """Merge a batch of plain-teacher features (B, C, H, W) into the statistics."""
-        variance, mean = torch.var_mean(plain.float(), dim=(0, 2, 3), correction=0)
+        """Merge a batch of plain-teacher features (B, C, H, W), of all processes, into the statistics."""
+        variance, mean = parallel.var_mean(plain.float(), dim=(0, 2, 3))
         self.batches += 1
         share = (1 / self.batches).clamp_min(self.momentum)
         shift = mean - self.mean

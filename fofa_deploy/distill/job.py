@@ -28,6 +28,9 @@ from fofa_deploy.types import Execution
 
 WEIGHTS, SUMMARY, CURVE, NOTICES = "weights.safetensors", "summary.json", "curve.json", "notices.json"
 
+FORGIVEN = 0.01
+"""Accuracy that a prompted teacher may lose without a notice."""
+
 
 @dataclass(frozen=True)
 class Workshop:
@@ -79,8 +82,8 @@ class Workshop:
             parallel.announce(("distill", (plan, distill, out, taught_by)))
             taught_by = None if distill.method == "none" else taught_by
             objective = self._objective(model, plan, distill, taught_by)
-            _write(out / NOTICES, objective.notices)
-            self._train(objective, distill, out, f"distill the student ({distill.method})")
+            curve = self._train(objective, distill, out, f"distill the student ({distill.method})")
+            _write(out / NOTICES, (*objective.notices, *forgotten(curve)))
         self._finish(plan, model, out)
 
     def _objective(
@@ -94,9 +97,11 @@ class Workshop:
         teacher = tap(self.load(teacher_plan, folder), shape, stages=method.fofa.stages, names=teacher_plan.taps)
         return Objective(student, teacher, method)
 
-    def _train(self, objective: Objective, plan: TrainPlan, out: Path, name: str) -> None:
+    def _train(self, objective: Objective, plan: TrainPlan, out: Path, name: str) -> tuple[Epoch, ...]:
         trainer = Trainer(objective, self.data, preprocessing(self.data.plan), plan, self.seed, out, self.progress, name)
-        _write(out / CURVE, [epoch.model_dump(mode="json") for epoch in trainer.run()])
+        curve = trainer.run()
+        _write(out / CURVE, [epoch.model_dump(mode="json") for epoch in curve])
+        return curve
 
     def _finish(self, plan: ModelPlan, model: nn.Module, out: Path) -> None:
         """Weights and accuracy; the test split is read here for the record, and decides nothing."""
@@ -124,6 +129,15 @@ class Workshop:
 def _write(path: Path, records: Sequence[object]) -> None:
     if parallel.rank() == 0:
         write_atomic(path, json.dumps(records, indent=1, allow_nan=False).encode())
+
+
+def forgotten(curve: Sequence[Epoch]) -> tuple[str, ...]:
+    """A notice when prompts cost the teacher more than a point of its validation accuracy by the end of training."""
+    last = curve[-1].diagnostics if curve else {}
+    drop = last.get("teacher_top1", 0.0) - last.get("prompted_top1", 0.0)
+    if drop <= FORGIVEN:
+        return ()
+    return (f"the prompted teacher forgot {100 * drop:.1f} points of accuracy: raise distill.weights.regularizer or anchor",)
 
 
 def check_floor(plan: TeacherPlan, summary: ModelSummary, classes: int) -> None:

@@ -208,3 +208,12 @@ def var_mean(tensor: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     squares = (tensor.double() - mean.view(shape)).square().sum(dim)
     dist.all_reduce(squares)
     return (squares / total[0]).to(tensor.dtype), mean.to(tensor.dtype)
+
+
+@torch.no_grad()
+def averaged(tensor: Tensor) -> Tensor:
+    """The mean of everybody's tensor, in place."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= size()
+    return tensor

@@ -16,6 +16,7 @@ from fofa_deploy.distill import losses
 from fofa_deploy.distill.fofa import FeatureBranch
 from fofa_deploy.distill.heads import ExitBranch, Projector, Regressor
 from fofa_deploy.distill.lesson import Lesson, Term
+from fofa_deploy.distill.parallel import gathered
 from fofa_deploy.distill.tapped import TappedModel
 from fofa_deploy.errors import ModelError
 
@@ -96,7 +97,9 @@ class RedundancySuppression(Term):
         # One sample has no correlation, and BatchNorm refuses it.
         if len(student) == 1:
             return {"rsd": student.float().sum() * 0.0}
-        return {"rsd": losses.redundancy_loss(self.projector(student), teacher, self._off_diagonal)}
+        # Correlations are over the whole batch, wherever its parts are.
+        projected, target = gathered(self.projector(student)), gathered(teacher)
+        return {"rsd": losses.redundancy_loss(projected, target, self._off_diagonal)}
 
 
 TERMS: Mapping[str, Callable[[TappedModel, TappedModel, DistillPlan], Term]] = {

@@ -314,3 +314,15 @@ def test_it_learns_and_the_student_exports_alone(objective, batch):
     assert totals[-1] < 0.8 * totals[0]
     student = made.student.model.eval()
     assert torch.allclose(torch.export.export(student, (data[0],)).module()(data[0]), student(data[0]), atol=1e-4)
+
+
+def test_a_teacher_that_forgets_is_told_of():
+    from fofa_deploy.distill.job import forgotten
+    from fofa_deploy.results import Epoch
+
+    def curve(prompted):
+        told = {"teacher_top1": 0.9, "prompted_top1": prompted, "drift_nats": 0.1}
+        return (Epoch(epoch=1, step=1, lr=0.1, loss=1.0, diagnostics=told, seconds=1.0),)
+
+    assert forgotten(()) == forgotten(curve(0.895)) == ()
+    assert "forgot 15.0 points" in forgotten(curve(0.75))[0]
