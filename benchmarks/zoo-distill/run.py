@@ -7,6 +7,7 @@ python benchmarks/zoo-distill/run.py --quick    # a handful, not recorded
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
@@ -43,7 +44,13 @@ time and memory; a trial that fails ends its process.
 """
 MINIATURES = "test_"
 """timm's own for its tests; they do not count as the smallest of a family."""
-SHRUNK: dict[str, dict] = {"deepseek_vit_412m": {"depth": 4}}
+SHRUNK: dict[str, dict] = {
+    name: {"depth": 4}
+    for name in (
+        *("deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m"),
+        *("beit_base_patch16_224", "naflexvit_base_patch16_parfac_gap", "samvit_base_patch16_224"),
+    )
+}
 """Constructor arguments for smallest models that are still too large for a quick trial."""
 
 
@@ -57,7 +64,7 @@ def main(only: tuple[str, ...], quick: bool, seconds: float, memory_gib: float) 
     import timm
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"families": {}}
+    record = _load()
     families = QUICK if quick else only or timm.list_modules()
     with _Zoo(seconds, int(memory_gib * 2**30)) as zoo:
         for family in families:
@@ -71,9 +78,9 @@ def main(only: tuple[str, ...], quick: bool, seconds: float, memory_gib: float) 
             entry["trials"][role] = trial = _attempt(zoo, role, entry)
             click.echo(f"{family} {role}: {_verdict(trial)} {trial.get('seconds', '')}")
             if not quick:
-                _save(record)
+                _save(family, entry)
     if not quick:
-        (HERE / "README.md").write_text(page(record))
+        (HERE / "README.md").write_text(page(_load()))
 
 
 class _Zoo:
@@ -129,14 +136,22 @@ def _verdict(trial: dict) -> str:
     return trial["failed"] if "failed" in trial else "; ".join(trial["problems"])
 
 
-def _save(record: dict) -> None:
+def _save(family: str, entry: dict) -> None:
+    """Into the file as it is now: runs over other families may be at it, too."""
     from fofa_deploy.environment import describe
 
-    record["environment"] = describe().model_dump(mode="json")
-    record["families"] = dict(sorted(record["families"].items()))
-    scratch = RESULTS.with_suffix(".partial")
-    scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    scratch.replace(RESULTS)
+    with Path(__file__).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = _load()
+        record["families"] = dict(sorted((record["families"] | {family: entry}).items()))
+        record["environment"] = describe().model_dump(mode="json")
+        scratch = RESULTS.with_suffix(".partial")
+        scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        scratch.replace(RESULTS)
+
+
+def _load() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"families": {}}
 
 
 # --- page -----------------------------------------------------------------------------------------------------
@@ -154,7 +169,8 @@ def page(record: dict) -> str:
         "",
         f"**{tally}.**",
         "",
-        f"{environment['cpu']}, one thread, Python {environment['python']}; {versions}.",
+        f"{environment['cpu']}, one thread, Python {environment['python']}; {versions}. Seconds do not compare: the machine's"
+        f" load average was {environment['load_average']:.1f} on {environment['cores']} cores at the last trial.",
         "",
         *METHOD.strip().splitlines(),
         "",
