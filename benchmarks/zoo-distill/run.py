@@ -79,8 +79,6 @@ def main(only: tuple[str, ...], quick: bool, seconds: float, memory_gib: float) 
             click.echo(f"{family} {role}: {_verdict(trial)} {trial.get('seconds', '')}")
             if not quick:
                 _save(family, entry)
-    if not quick:
-        (HERE / "README.md").write_text(page(_load()))
 
 
 class _Zoo:
@@ -148,6 +146,7 @@ def _save(family: str, entry: dict) -> None:
         scratch = RESULTS.with_suffix(".partial")
         scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
         scratch.replace(RESULTS)
+        (HERE / "README.md").write_text(page(record))
 
 
 def _load() -> dict:
