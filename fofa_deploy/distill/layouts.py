@@ -175,22 +175,34 @@ def prove(raw: Any, declared: Tensor, reorder: bool = True) -> tuple[float, Layo
 # --- inference, where nothing is declared ---------------------------------------------------------------------
 
 
-def infer(tensor: Tensor, image_size: tuple[int, int]) -> tuple[Layout, int, int]:
-    """Layout, height and width of an undeclared tap: a 4-D map is NCHW, 3-D tokens have the image's proportions.
+def channels_last(shape: torch.Size, image_size: tuple[int, int]) -> bool | None:
+    """Whether a 4-D map is (B, H, W, C): which reading has the image's proportions. None where both have them alike."""
+    first, last = (abs(math.log(h * image_size[1] / (w * image_size[0]))) for h, w in (shape[2:], shape[1:3]))
+    return None if first == last else last < first
+
+
+def infer(shape: torch.Size, image_size: tuple[int, int], undecided: Kind = "nchw") -> tuple[Layout, int, int]:
+    """Layout, height and width of an undeclared tap: 4-D maps and 3-D tokens, whichever has the image's proportions.
+
+    Args:
+        undecided: what a 4-D map is that fits as (B, C, H, W) and as (B, H, W, C), such as one of 16 x 16 x 16.
 
     Raises:
         ModelError: no such grid.
     """
-    if tensor.ndim == 4:
-        return Layout("nchw"), tensor.shape[2], tensor.shape[3]
-    if tensor.ndim == 3:
+    if len(shape) == 4 and min(shape) > 0:
+        last = channels_last(shape, image_size)
+        kind: Kind = undecided if last is None else "nhwc" if last else "nchw"
+        height, width = shape[1:3] if kind == "nhwc" else shape[2:]
+        return Layout(kind), height, width
+    if len(shape) == 3:
         divisor = math.gcd(*image_size)
         rows, columns = image_size[0] // divisor, image_size[1] // divisor
-        for prefix in range(min(_MAX_PREFIX, tensor.shape[1])):
-            scale = math.isqrt((tensor.shape[1] - prefix) // (rows * columns))
-            if scale and scale * scale * rows * columns == tensor.shape[1] - prefix:
+        for prefix in range(min(_MAX_PREFIX, shape[1])):
+            scale = math.isqrt((shape[1] - prefix) // (rows * columns))
+            if scale and scale * scale * rows * columns == shape[1] - prefix:
                 return Layout("tokens", prefix=prefix), rows * scale, columns * scale
     raise ModelError(
-        f"an output of shape {tuple(tensor.shape)} is neither a (B, C, H, W) map nor tokens with the image's proportions",
-        "tap modules that pass (B, C, H, W), or (B, prefix + H*W, C)",
+        f"an output of shape {tuple(shape)} is neither a 4-D map nor tokens with the image's proportions",
+        "tap modules that pass (B, C, H, W), (B, H, W, C), or (B, prefix + H*W, C)",
     )

@@ -164,8 +164,7 @@ def _proven(model: nn.Module, images: Tensor, declared: Sequence[Declared]) -> d
 
 def _inferred(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[str, Tap]:
     """Undeclared modules, by the shape of what they pass on."""
-    taps: dict[str, Tap] = {}
-    height, width = images.shape[-2:]
+    shapes: dict[str, tuple[torch.Size, int]] = {}
     clock = count(1)  # of every module call, as in _Search
 
     def visit(name: str, _: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
@@ -174,11 +173,21 @@ def _inferred(model: nn.Module, images: Tensor, names: Sequence[str]) -> dict[st
             return
         if not isinstance(output, Tensor):
             raise ModelError(f"{name} passes a {type(output).__name__}, not a tensor", "tap a module that passes one tensor")
-        layout, h, w = layouts.infer(output, (height, width))
-        channels = output.shape[1] if layout.kind == "nchw" else output.shape[-1]
-        taps[name] = Tap(Stage(name, channels, h, w, layout), height / h, (now, ()))
+        if output.shape[:1] != images.shape[:1]:
+            raise ModelError(f"{name} passes {tuple(output.shape)}, without the batch in front", "tap a module that keeps it there")
+        if name in shapes:
+            raise ModelError(f"{name} runs more than once in a forward pass", "tap a module that runs once, one around it say")
+        shapes[name] = output.shape, now
 
     watch(model, images, visit)
+    size = (images.shape[-2], images.shape[-1])
+    # A model keeps its channels in one place: where a shape leaves it open, the other taps tell.
+    last = any(len(shape) == 4 and layouts.channels_last(shape, size) for shape, _ in shapes.values())
+    taps: dict[str, Tap] = {}
+    for name, (shape, now) in shapes.items():
+        layout, height, width = layouts.infer(shape, size, "nhwc" if last else "nchw")
+        channels = shape[1] if layout.kind == "nchw" else shape[-1]
+        taps[name] = Tap(Stage(name, channels, height, width, layout), size[0] / height, (now, ()))
     return taps
 
 

@@ -127,6 +127,11 @@ class TappedModel(nn.Module):
             for name in self.heads:
                 hooks.enter_context(self.model.get_submodule(name).register_forward_pre_hook(_keep(vectors, name)))
             logits = self.model(images)
+        if not isinstance(logits, Tensor):
+            raise ModelError(
+                f"{type(self.model).__name__} passes a {type(logits).__name__} in place of logits (in training mode, say)",
+                "build it without auxiliary classifiers, or wrap it so that forward() passes one tensor",
+            )
         return Features(logits, tuple(maps[i] for i in range(len(self.stages))), self._embedding(vectors))
 
     def _at(self, stage: Stage) -> nn.Module:

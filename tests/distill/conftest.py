@@ -29,21 +29,38 @@ MODELS = {
 WIDTHS = {"width": 16, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4)}
 
 
-@functools.cache
-def _built(kind):
+def _made(kind, height, width):
     torch.manual_seed(0)
-    name, side, arguments = MODELS[kind]
-    model = timm.create_model(name, num_classes=CLASSES, **arguments)
+    name, _, arguments = MODELS[kind]
+    sized = {"img_size": (height, width)} if "img_size" in arguments else {}
+    model = timm.create_model(name, num_classes=CLASSES, **(arguments | sized))
     with torch.no_grad():  # no zero heads, no residual branch without weight
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    return tap(model, (3, side, side)), side
+    return tap(model, (3, height, width))
+
+
+@functools.cache
+def _built(kind):
+    side = MODELS[kind][1]
+    return _made(kind, side, side), side
 
 
 @pytest.fixture
 def tapped():
     """kind -> a fresh copy of a tapped model."""
     return lambda kind: copy.deepcopy(_built(kind)[0])
+
+
+@pytest.fixture
+def wide():
+    """kind -> a tapped model for images twice as wide as high, in eval mode, and two of them."""
+
+    def make(kind):
+        side = MODELS[kind][1]
+        return _made(kind, side, 2 * side).eval(), torch.randn(2, 3, side, 2 * side, generator=torch.Generator().manual_seed(0))
+
+    return make
 
 
 @pytest.fixture

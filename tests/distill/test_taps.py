@@ -46,6 +46,19 @@ def test_an_identity_prompt_changes_nothing(kind, tapped, batch):
     assert all(torch.equal(*pair) for pair in zip([plain.logits, *plain.maps], [bent.logits, *bent.maps], strict=True))
 
 
+@pytest.mark.parametrize("kind", ["cnn", "distilled", "levit", "mixer", "pit", "pvt", "swin"])
+def test_images_need_not_be_square(kind, wide):
+    model, images = wide(kind)
+    with torch.no_grad():
+        declared = model.model.forward_intermediates(images, output_fmt="NCHW", norm=False, intermediates_only=True)
+        plain, bent = model(images), model(images, {i: lambda grid: grid.clone() for i, entry in enumerate(model.entries) if entry})
+    for grid, stage in zip(plain.maps, model.stages, strict=True):
+        assert stage.width > stage.height
+        assert any(grid.shape == other.shape and distance(grid, other) < 1e-5 for other in declared)
+    assert all(model.entries)
+    assert all(torch.equal(*pair) for pair in zip([plain.logits, *plain.maps], [bent.logits, *bent.maps], strict=True))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_prompt_changes_its_own_stage_and_none_before(kind, tapped, batch):
     model, (images, _) = tapped(kind).eval(), batch(kind, count=2)
