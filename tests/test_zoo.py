@@ -52,7 +52,7 @@ def test_the_checks_notice(watch):
 
 
 def test_an_open_prompt_and_an_untrained_tensor_are_noticed(watch):
-    for prompt in watch.objective.features.prompts.values():
+    for prompt in watch.objective.terms["fofa"].prompts.values():
         torch.nn.init.constant_(prompt.b, 5.0)
     watch.identity(torch.randn(2, 3, 64, 64))
     assert watch.problems[0].startswith("prompted - plain at b = 0")

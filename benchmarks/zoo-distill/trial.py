@@ -198,7 +198,8 @@ def _tapped(name: str, shape: tuple[int, int, int]) -> TappedModel:
 
 def _objective(student: TappedModel, teacher: TappedModel, teacher_size: tuple[int, int] | None = None) -> Objective:
     torch.manual_seed(2)
-    plan = DistillPlan(method="fofa", fofa={"width": 16, "heads": 2, "regions": 4})
+    fofa = {"width": 16, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4)}
+    plan = DistillPlan(method="fofa", fofa=fofa)
     return Objective(student, teacher, plan, teacher_size).train()
 
 
@@ -270,9 +271,9 @@ class _Watch:
         """The plain and the prompted pass, as the objective makes them."""
         made = self.objective
         plain = made.teacher(images)
-        targets = made.features.standardize(made.features.targets(plain))
-        aligned = made.features.align(made.student(images), targets)
-        return plain, made.teacher(images, made.features.bends(aligned, targets))
+        targets = made.terms["fofa"].standardize(made.terms["fofa"].targets(plain))
+        aligned = made.terms["fofa"].align(made.student(images), targets)
+        return plain, made.teacher(images, made.terms["fofa"].bends(aligned, targets))
 
     def identity(self, images: Tensor) -> None:
         """With b = 0 the prompted teacher is the plain one; with b > 0 every prompt shows in its own stage and the logits."""
@@ -292,7 +293,7 @@ class _Watch:
             optimizer.step()
             self.finite(losses, f"in step {number} (batch of {count})")
         self.losses = {name: float(term) for name, term in losses.terms.items()}
-        silent = [f"features.{n}" for n, p in self.objective.features.named_parameters() if p.grad is None]
+        silent = [f"terms.fofa.{n}" for n, p in self.objective.terms["fofa"].named_parameters() if p.grad is None]
         if silent:
             self.problems.append(f"no gradient in {', '.join(silent)}")
 
@@ -313,7 +314,7 @@ class _Watch:
     def reversal(self, images: Tensor) -> None:
         """In eval mode and with open prompts, a reversed batch gives the reversed outputs of everything."""
         self.objective.eval()
-        for prompt in self.objective.features.prompts.values():
+        for prompt in self.objective.terms["fofa"].prompts.values():
             nn.init.constant_(prompt.b, 0.3)
         there, back = self._all_outputs(images), self._all_outputs(images.flip(0))
         self._near("reversed batch", [(b.flip(0), a) for a, b in zip(there, back, strict=True)])

@@ -38,7 +38,7 @@ class GradientBalance(nn.Module):
 
     def forward(self, terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, Tensor]:
         """Named scalar losses -> a factor (no gradient) for each of the balanced ones."""
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             if int(self.steps) % INTERVAL == 0:
                 self._measure(terms, [parameter for parameter in parameters if parameter.requires_grad])
             self.steps += 1
@@ -56,4 +56,5 @@ class GradientBalance(nn.Module):
 def _gradient_norm(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Of the whole batch, wherever its parts are: averaged over processes first, as the optimizer's gradient is."""
     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    return averaged(torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])).norm()
+    norm: Tensor = averaged(torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])).norm()
+    return norm

@@ -91,15 +91,14 @@ class RedundancySuppression(Term):
         self.projector = Projector(student.embedding_width, teacher.embedding_width)
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
-        student, teacher = lesson.student.embedding, lesson.teacher.embedding
-        assert student is not None
-        assert teacher is not None
+        assert lesson.student.embedding is not None
+        assert lesson.teacher.embedding is not None
+        # Correlations, and the projector's batch norm, are over the whole batch, wherever its parts are.
+        student, teacher = gathered(lesson.student.embedding), gathered(lesson.teacher.embedding)
         # One sample has no correlation, and BatchNorm refuses it.
         if len(student) == 1:
             return {"rsd": student.float().sum() * 0.0}
-        # Correlations are over the whole batch, wherever its parts are.
-        projected, target = gathered(self.projector(student)), gathered(teacher)
-        return {"rsd": losses.redundancy_loss(projected, target, self._off_diagonal)}
+        return {"rsd": losses.redundancy_loss(self.projector(student), teacher, self._off_diagonal)}
 
 
 TERMS: Mapping[str, Callable[[TappedModel, TappedModel, DistillPlan], Term]] = {

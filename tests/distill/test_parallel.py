@@ -28,7 +28,12 @@ CLOSE = 2e-5
 """Largest relative difference of a loss between one process and two: the order of additions in float32, over 6 steps."""
 
 # LayerNorm throughout the student, no dropout; 91 images make batches of 32, 32 and 27, which two processes share unequally.
-EXACT = ("data.limit=91", "distill.method='kd'", "student.arguments={patch_size=4,embed_dim=16,depth=2,num_heads=2}")
+EXACT = (
+    "data.limit=91",
+    "distill.method='kd'",
+    "distill.balance='fixed'",
+    "student.arguments={patch_size=4,embed_dim=16,depth=2,num_heads=2}",
+)
 
 
 def _run(target, arguments, rank: int, count: int, port: int, answers) -> None:
@@ -126,6 +131,13 @@ def by_one(tmp_path_factory, teacher):  # noqa: F811
 def test_two_processes_learn_what_one_learns(tmp_path, teacher, by_one, ranks):  # noqa: F811
     ranks(rank_targets.train, tmp_path / "student", teacher[1], EXACT)
     curves_agree(by_one, tmp_path / "student")
+
+
+def test_they_share_statistics_and_balance_too(tmp_path, teacher, ranks):  # noqa: F811
+    plan = (*EXACT, "distill.method='fofa+rsd'", "distill.balance='gradient'", "distill.fofa={stages=2,width=16,heads=2}")
+    distilled(small_plan(*plan), tmp_path / "one", teacher)
+    ranks(rank_targets.train, tmp_path / "two", teacher[1], plan)
+    curves_agree(tmp_path / "one", tmp_path / "two")
 
 
 def test_passes_that_share_a_batch_learn_what_one_pass_learns(tmp_path, teacher, by_one):  # noqa: F811
