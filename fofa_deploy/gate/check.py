@@ -17,7 +17,7 @@ from fofa_deploy.errors import DataError, UnavailableError
 from fofa_deploy.gate import rules, statistics
 from fofa_deploy.gate.answers import AnswerRequest, Answers
 from fofa_deploy.gate.baseline import Kept
-from fofa_deploy.gate.launches import BASELINE, CANDIDATE, TWIN, race_once
+from fofa_deploy.gate.launches import BASELINE, CANDIDATE, TWIN, race
 from fofa_deploy.gate.rules import Noise, Paired, Series
 from fofa_deploy.gate.sources import Images, Pair, Source, Subject, open_source, pair_up
 from fofa_deploy.gate.statistics import Shift
@@ -169,9 +169,8 @@ class Check:
         racing = [target for target in self._targets if self._timed(target)]
         launches = statistics.launches_for(asked, len(tests) + len(racing))
         for error in statistics.LOOKS:
-            for number in range(launches):
-                for target in racing:
-                    self._launch(target, number, launches)
+            for target in racing:
+                self._launch(target, launches)
             self._judge_races(racing, error)
             racing = [target for target in racing if target.undecided]
             if not racing:
@@ -189,14 +188,14 @@ class Check:
     def _p90_limits(self, pair: Pair) -> list[float]:
         return [budget.p90_ms for budget in (self._budget, pair.profile.budget) if budget.p90_ms is not None]
 
-    def _launch(self, target: _Target, number: int, launches: int) -> None:
-        pair, limits = target.pair, self._limits
-        self._progress.say(
-            f"{pair.target}: launch {len(target.series.launches) + 1} of {launches * (1 + (target.latency is not None))}"
-        )
+    def _launch(self, target: _Target, launches: int) -> None:
+        pair, done = target.pair, len(target.series.launches)
         other = pair.baseline.runnable(pair.profile, pair.golden) if pair.baseline and not pair.same else None
         own = pair.candidate.runnable(pair.profile, pair.golden)
-        target.series.launches.append(race_once(other, own, number, limits.run_seconds, limits.memory_bytes))
+        with self._progress.task(f"{pair.target}: launches", launches) as task:
+            for launch in race(other, own, range(done, done + launches), self._limits):
+                target.series.launches.append(launch)
+                task.advance(1)
 
     def _judge_races(self, racing: Sequence[_Target], error: float) -> None:
         """Judge those that race now; the family is every test of the check, those decided before included."""
