@@ -160,12 +160,19 @@ def kept_files(file: Path, target: str, entry: BaselineTarget) -> Kept:
     if wrong := sorted(path for path, sha256 in entry.files.items() if there.get(path) != sha256):
         action = f"restore the artifact {entry.figures.sha256} from where CI keeps it, or {RENEW}"
         raise IntegrityError(f"{folder / wrong[0]} is missing or altered since the baseline was written", action)
-    answers = folder / "answers.npy"
     recorded = {"artifact/artifact.json", "golden.npz"} | ({"answers.npy"} if entry.truth is not None else set())
     if missing := sorted(recorded - there.keys()):
         raise IntegrityError(f"{file}: {target} records no {missing[0]}", RENEW)
-    classes = tuple(np.load(answers, allow_pickle=False).astype(int).tolist()) if entry.truth is not None else None
+    classes = _classes(folder / "answers.npy") if entry.truth is not None else None
     return Kept(folder / "artifact", folder / "golden.npz", classes, entry.truth)
+
+
+def _classes(path: Path) -> tuple[int, ...]:
+    try:
+        found = np.load(path, allow_pickle=False)
+        return tuple(int(value) for value in found.reshape(-1))
+    except (ValueError, EOFError) as error:
+        raise IntegrityError(f"{path} holds no answers: {error}", RENEW) from error
 
 
 def _inside(folder: Path, path: str) -> bool:

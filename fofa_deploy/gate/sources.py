@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -170,15 +171,15 @@ def load_artifact(folder: Path) -> Artifact:
     Raises:
         IntegrityError: and nothing of it reaches a runtime.
     """
+    root = folder.resolve()
     try:
-        artifact = Artifact.load(folder)
-    except (OSError, ValueError) as error:  # pydantic's ValidationError is a ValueError
+        files = [str(record["path"]) for record in json.loads((folder / ARTIFACT).read_bytes())["files"]]
+        if outside := [path for path in files if root not in (folder / path).resolve().parents]:
+            raise IntegrityError(f"{folder / ARTIFACT} names {outside[0]!r}, which leaves its folder", "build the artifact again")
+        return Artifact.load(folder)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # pydantic's ValidationError is a ValueError
         problem = f"{folder / ARTIFACT} is no record of an artifact: {str(error).splitlines()[0]}"
         raise IntegrityError(problem, "build the artifact again") from error
-    root = folder.resolve()
-    if outside := [record.path for record in artifact.files if root not in (folder / record.path).resolve().parents]:
-        raise IntegrityError(f"{folder / ARTIFACT} names {outside[0]!r}, which leaves its folder", "build the artifact again")
-    return artifact
 
 
 @dataclass(frozen=True)

@@ -293,7 +293,7 @@ def trend(panels: Mapping[str, Mapping[str, Sequence[Sequence[Point]]]]) -> str:
         svg = _svg(figure, "Figures of every check, in the order of checking")
     variables = ";".join(f"--{name}:{colour}" for name, colour in COLOURS.items())
     style = f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" style="{variables};background:#ffffff"'
-    return f"{svg.replace('<svg ', f'<svg {style} ', 1)}\n"
+    return f"{str(svg).replace('<svg ', f'<svg {style} ', 1)}\n"
 
 
 def _trend_panel(axes: Axes, title: str, lines: Mapping[str, Sequence[Sequence[Point]]]) -> None:
