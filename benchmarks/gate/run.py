@@ -37,14 +37,14 @@ LOAD += "    while time.monotonic() < t: a @ a\n    time.sleep(0.2)\n"
 @click.option("--runtime", "runtimes", type=click.Choice(RUNTIMES), multiple=True, default=RUNTIMES)
 @click.option("--same", default=100, show_default=True, help="A/A trials per runtime, all verdicts should pass.")
 @click.option("--slower", default=60, show_default=True, help="Trials per runtime and slowdown.")
-@click.option("--quick", is_flag=True, help="A taste: 10 A/A trials and 5 per slowdown, recorded apart.")
+@click.option("--quick", is_flag=True, help="A taste: 10 A/A trials and 5 per slowdown, recorded in --work.")
 @click.option("--load", default=2, show_default=True, help="Processes of load in the phase 'loaded'.")
 @click.option("--render", is_flag=True, help="Only write README.md from what is recorded.")
 @click.option("--work", type=click.Path(path_type=Path), default=ROOT / "runs" / "gate", help="Where the models are built.")
 def main(phase: str, runtimes: tuple[str, ...], same: int, slower: int, quick: bool, load: int, render: bool, work: Path) -> None:
     """Record trials until there are as many as asked for, then write the README."""
-    results = HERE / ("quick" if quick else "results")
-    results.mkdir(exist_ok=True)
+    results = work / "quick" if quick else HERE / "results"
+    results.mkdir(parents=True, exist_ok=True)
     if not render:
         wanted = {kind: (10 if quick else same) if kind == "same" else (5 if quick else slower) for kind in KINDS}
         models = {runtime: calibrated(runtime, work, results) for runtime in runtimes}
@@ -54,7 +54,7 @@ def main(phase: str, runtimes: tuple[str, ...], same: int, slower: int, quick: b
                 record(results / "trials.jsonl", trial(phase, kind, runtime, models[runtime], load if phase == "loaded" else 0))
     from summary import write_readme
 
-    write_readme(results, HERE / ("quick" if quick else "") / "README.md")
+    write_readme(results, (results if quick else HERE) / "README.md")
 
 
 def record(path: Path, line: dict[str, Any]) -> None:

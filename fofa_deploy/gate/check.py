@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 
 from fofa_deploy import __version__, environment
 from fofa_deploy.config import AccuracyPlan, GatePlan, LimitsPlan
-from fofa_deploy.errors import DataError, UnavailableError
+from fofa_deploy.errors import DataError, StageError, UnavailableError
 from fofa_deploy.gate import rules, statistics
 from fofa_deploy.gate.answers import AnswerRequest, Answers
 from fofa_deploy.gate.baseline import Kept
@@ -45,7 +46,7 @@ class Options:
 
 
 def check(
-    candidate: Path, baseline: Path | None, progress: Progress, options: Options = Options()
+    candidate: Path, baseline: Path | None, progress: Progress, options: Options | None = None
 ) -> tuple[GateReport, dict[str, Kept]]:
     """Judge a candidate: by its budgets, and against a baseline where there is one.
 
@@ -55,8 +56,8 @@ def check(
     Raises:
         UserError: a side is not what it should be, or holds files that are not the recorded ones.
         UnavailableError: the baseline belongs to another device or other tools, and ``options.trend`` is not set.
-        StageError: an artifact crashed or hung.
     """
+    options = options or Options()
     sides = open_source(candidate, options.profile), open_source(baseline, options.profile) if baseline else None
     return Check(*sides, progress, options).run()
 
@@ -71,6 +72,7 @@ class _Target:
     series: Series = field(default_factory=Series)
     latency: Finding | None = None
     budget: Finding | None = None
+    broken: StageError | None = None
 
     @property
     def undecided(self) -> bool:
@@ -91,6 +93,8 @@ class Check:
         self._notices = list(self._foreign(baseline))
         pairs, self._missing = pair_up(candidate, baseline)
         self._targets = [_Target(pair) for pair in pairs]
+        alone = [pair.target for pair in pairs if baseline and pair.baseline is None]
+        self._notices += [f"{target}: the baseline has no such target; judged by its budgets alone" for target in alone]
 
     def _foreign(self, baseline: Source | None) -> Iterator[str]:
         """Refuse a baseline of another device or other tools, or say that it makes a trend."""
@@ -106,7 +110,8 @@ class Check:
 
     def run(self) -> tuple[GateReport, dict[str, Kept]]:
         for target in self._targets:
-            self._answer(target)
+            with _breaking(target):
+                self._answer(target)
         self._race()
         findings = [
             *(_missing(name) for name in self._missing),
@@ -130,7 +135,7 @@ class Check:
             commit=next((os.environ[name] for name in COMMITS if os.environ.get(name)), None),
             environment=self._here,
         )
-        return report, {target.pair.target: _kept(target) for target in self._targets}
+        return report, {target.pair.target: _kept(target) for target in self._targets if not target.broken}
 
     # --- accuracy -------------------------------------------------------------------------------------------------
 
@@ -166,11 +171,13 @@ class Check:
         """Two looks at most, by rule: what the first leaves open gets as many launches again, and that is the end."""
         asked = QUICK_LAUNCHES if self._options.quick else self._gate.launches
         tests = [t.paired for t in self._targets if t.paired and t.paired.testable]
-        racing = [target for target in self._targets if self._timed(target)]
+        racing = [target for target in self._targets if self._timed(target) and not target.broken]
         launches = statistics.launches_for(asked, len(tests) + len(racing))
         for error in statistics.LOOKS:
             for target in racing:
-                self._launch(target, launches)
+                with _breaking(target):
+                    self._launch(target, launches)
+            racing = [target for target in racing if not target.broken]
             self._judge_races(racing, error)
             racing = [target for target in racing if target.undecided]
             if not racing:
@@ -212,7 +219,8 @@ class Check:
 
     def _duels(self) -> dict[str, Shift]:
         """Every race against a baseline so far, by target."""
-        raced = [target for target in self._targets if target.series.launches and BASELINE in target.series.launches[0].blocks]
+        complete = [target for target in self._targets if target.series.launches and not target.broken]
+        raced = [target for target in complete if BASELINE in target.series.launches[0].blocks]
         return {target.pair.target: statistics.shift(target.series.logs(BASELINE, CANDIDATE)) for target in raced}
 
     def _adjusted(self, duels: Mapping[str, Shift]) -> tuple[dict[tuple[str, str], float], ...]:
@@ -228,6 +236,10 @@ class Check:
 
     def _judge(self, target: _Target) -> Iterator[Finding]:
         pair, figures = target.pair, _figures(target)
+        if target.broken:
+            reason = target.broken.message.splitlines()[0]
+            yield Finding(target=pair.target, metric="run", verdict=Verdict.FAIL, reason=reason)
+            return
         yield from self._judge_accuracy(target, figures.accuracy)
         yield from self._judge_latency(target)
         for budget in (self._budget, pair.profile.budget):
@@ -276,6 +288,15 @@ class Check:
                     yield tail
         if target.budget is not None:
             yield target.budget
+
+
+@contextmanager
+def _breaking(target: _Target) -> Iterator[None]:
+    """A target that crashes or hangs fails, and the others go on."""
+    try:
+        yield
+    except StageError as error:
+        target.broken = error
 
 
 def _missing(target: str) -> Finding:

@@ -43,8 +43,12 @@ warmup_epochs = 0.5
 seconds = 0.1
 max_seconds = 0.3
 
+# So wide that no busy machine makes an alarm, nor a second look: what is worse here is worse by a factor.
 [gate]
 launches = 5
+margin = 0.3
+max_slowdown = 1.0
+tail_margin = 9.0
 """
 PROFILE = """
 name = "one-thread"
@@ -88,7 +92,7 @@ def slow_down(run: Path) -> None:
     model = onnx.load(run / "graph" / "model.onnx")
     name, last = model.graph.input[0].name, model.graph.input[0].name
     nodes = []
-    for number, (into, out) in enumerate([(1, 64), *[(64, 64)] * 12, (64, 1)]):
+    for number, (into, out) in enumerate([(1, 32), *[(32, 32)] * 6, (32, 1)]):
         weights = np.zeros((out, into, 3, 3), np.float32)
         weights[0, 0, 1, 1] = 1.0
         model.graph.initializer.append(numpy_helper.from_array(weights, f"idle{number}"))

@@ -10,10 +10,11 @@ from xml.etree import ElementTree
 import pytest
 from tiny import build, run_cli, write_graph
 
-from fofa_deploy.config import GatePlan
 from fofa_deploy.errors import DataError, UnavailableError, UserError
 from fofa_deploy.gate.check import Options, check
+from fofa_deploy.gate.launches import race
 from fofa_deploy.gate.verdicts import GateReport, Verdict
+from fofa_deploy.isolate import Child
 from fofa_deploy.progress import Quiet
 from fofa_deploy.types import Artifact
 
@@ -117,7 +118,6 @@ def test_a_baseline_is_written_once_and_judges_later_runs(copy, baseline_run, tm
 def foreign(baseline_run, tmp_path) -> Path:
     """The run, as another machine would have recorded it."""
     run = Path(shutil.copytree(baseline_run, tmp_path / "foreign"))
-    slow_down(run)
     report = json.loads((run / "report.json").read_text())
     for environment in (report["environment"], report["targets"][0]["environment"]):
         environment |= {"fingerprint": "0" * 64, "cpu": "Another CPU"}
@@ -132,15 +132,16 @@ def test_another_device_or_tool_is_refused_and_named(baseline_run, foreign):
     assert "--trend" in caught.value.action
 
 
-def test_a_trend_fails_on_accuracy_and_never_on_latency(baseline_run, foreign, copy):
+def test_a_trend_fails_on_accuracy_and_never_on_latency(foreign, copy):
     slow_down(copy)
-    plain, _ = check(copy, foreign, Quiet(), Options(quick=True, trend=True))
-    assert plain.trend
-    assert not [f for f in plain.findings if f.metric in ("latency", "p90", "p99", "self-check") and f.verdict is Verdict.FAIL]
-    assert any("another device" in notice for notice in plain.notices)
     spoil_preprocessing(copy)
-    spoilt, _ = check(copy, foreign, Quiet(), Options(quick=True, trend=True, gate=GatePlan(launches=5)))
-    assert found(spoilt, "top-1").verdict is Verdict.FAIL
+    report, _ = check(copy, foreign, Quiet(), Options(quick=True, trend=True))
+    latency = found(report, "latency")
+    assert latency.verdict is Verdict.PASS
+    assert latency.reason.startswith("trend, not judged: slower: ")
+    assert found(report, "top-1").verdict is Verdict.FAIL
+    assert report.trend
+    assert any("another device" in notice for notice in report.notices)
 
 
 def test_a_target_that_the_candidate_lost_is_a_failure(baseline_run, copy):
@@ -150,6 +151,40 @@ def test_a_target_that_the_candidate_lost_is_a_failure(baseline_run, copy):
     judged, _ = check(copy, baseline_run, Quiet())
     assert judged.exit_code == 1
     assert "no verified artifact" in found(judged, "artifact").reason
+
+
+def test_a_candidate_that_dies_fails_with_its_reason(baseline_run, copy, monkeypatch):
+    monkeypatch.setattr("fofa_deploy.gate.check.race", _dying)
+    slow_down(copy)
+    report, kept = check(copy, baseline_run, Quiet(), Options(quick=True))
+    assert report.exit_code == 1
+    assert "SIGKILL" in found(report, "run").reason
+    assert kept == {}
+
+
+def _dying(*arguments):
+    """The real launches; the first child is killed before it races."""
+    launches = race(*arguments)
+    kill = Child.call
+
+    def call(self, method, **named):
+        self._process.kill()
+        return kill(self, method, **named)
+
+    Child.call = call
+    try:
+        yield from launches
+    finally:
+        Child.call = kill
+
+
+def test_a_target_without_a_baseline_is_judged_alone_and_said_so(baseline_run, copy):
+    report = json.loads((copy / "report.json").read_text())
+    report["targets"] = []
+    (copy / "report.json").write_text(json.dumps(report))
+    judged, _ = check(baseline_run, copy, Quiet())
+    assert judged.verdict is Verdict.PASS
+    assert any("no such target" in notice for notice in judged.notices)
 
 
 def test_other_images_are_not_compared(baseline_run, copy):
