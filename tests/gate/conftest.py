@@ -120,6 +120,14 @@ def spoil_preprocessing(run: Path) -> None:
     path.write_text(json.dumps(fields))
 
 
+def lose_target(run: Path) -> None:
+    """As if the only recipe had failed."""
+    path = run / "report.json"
+    report = json.loads(path.read_text())
+    report["targets"][0] |= {"chosen": False, "status": "failed", "reason": "it broke"}
+    path.write_text(json.dumps(report))
+
+
 def record(run: Path, sha256: str) -> None:
     """What the run itself would have reported of another artifact."""
     path = run / "report.json"

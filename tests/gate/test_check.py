@@ -18,7 +18,7 @@ from fofa_deploy.isolate import Child
 from fofa_deploy.progress import Quiet
 from fofa_deploy.types import Artifact
 
-from .conftest import chosen, slow_down, spoil_preprocessing
+from .conftest import chosen, lose_target, slow_down, spoil_preprocessing
 
 
 def found(report: GateReport, metric: str):
@@ -28,7 +28,8 @@ def found(report: GateReport, metric: str):
 
 def run_check(*arguments: object):
     done = run_cli("check", *arguments, "--quick", "--json", "--quiet")
-    return done, GateReport.model_validate_json(done.stdout) if done.stdout else None
+    assert done.stdout, done.stderr
+    return done, GateReport.model_validate_json(done.stdout)
 
 
 def test_nothing_changed_passes(baseline_run, copy):
@@ -70,14 +71,6 @@ def test_wrong_preprocessing_fails_by_accuracy_although_the_file_is_the_same(bas
     assert found(report, "top-1 against PyTorch").verdict is Verdict.FAIL
 
 
-def test_the_mirror_of_a_failure_is_an_improvement(baseline_run, copy):
-    slow_down(copy)
-    report, _ = check(baseline_run, copy, Quiet(), Options(quick=True))
-    assert found(report, "latency").verdict is Verdict.IMPROVED
-    assert report.verdict is Verdict.IMPROVED
-    assert report.exit_code == 0
-
-
 def test_budgets_hold_without_any_baseline(copy):
     plan = json.loads((copy / "plan.json").read_text())
     plan["budget"] = {"p90_ms": 1e-4, "size_bytes": 10**9, "peak_rss_bytes": 10**6}
@@ -103,13 +96,11 @@ def test_a_baseline_is_written_once_and_judges_later_runs(copy, baseline_run, tm
     assert len(text) < 6000, "small enough to review"
     assert json.loads(text)["targets"]["one-thread"]["figures"]["sha256"] == Artifact.load(chosen(baseline_run)).sha256
     assert report.figures["one-thread"].p50_ms > 0
-    shutil.rmtree(copy / "teacher", ignore_errors=True)
     moved = Path(shutil.move(kept, tmp_path / "moved"))
-    spoil_preprocessing(copy)
     done, report = run_check(copy, "--baseline", moved, "--history", history, "--plot", plot)
-    assert done.returncode == 1
-    assert found(report, "top-1").verdict is Verdict.FAIL
-    assert [json.loads(line)["verdict"] for line in history.read_text().splitlines()] == ["pass", "fail"]
+    assert done.returncode == 0, done.stderr
+    assert found(report, "top-1").reason == "0 of 359 images lost, 0 won"
+    assert [json.loads(line)["verdict"] for line in history.read_text().splitlines()] == ["pass", "pass"]
     assert "<svg " in plot.read_text()
     assert "one-thread" in plot.read_text()
 
@@ -145,9 +136,7 @@ def test_a_trend_fails_on_accuracy_and_never_on_latency(foreign, copy):
 
 
 def test_a_target_that_the_candidate_lost_is_a_failure(baseline_run, copy):
-    report = json.loads((copy / "report.json").read_text())
-    report["targets"][0] |= {"chosen": False, "status": "failed", "reason": "it broke"}
-    (copy / "report.json").write_text(json.dumps(report))
+    lose_target(copy)
     judged, _ = check(copy, baseline_run, Quiet())
     assert judged.exit_code == 1
     assert "no verified artifact" in found(judged, "artifact").reason

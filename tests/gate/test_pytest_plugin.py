@@ -7,7 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from .conftest import spoil_preprocessing
+from .conftest import lose_target
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = "fofa_deploy.gate.pytest_plugin"
@@ -38,7 +38,7 @@ def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
 
 
 def test_a_regression_fails_the_test_and_doubt_skips_it(baseline_run, copy, tmp_path):
-    spoil_preprocessing(copy)
+    lose_target(copy)
     text = TESTS.format(good=str(baseline_run), bad=str(copy), base=str(baseline_run))
     (tmp_path / "test_gate.py").write_text(text)
     done = pytest_in(tmp_path, "-rfs", "--junitxml=junit.xml", "test_gate.py")
