@@ -11,7 +11,7 @@ from onnx import helper, numpy_helper
 from fofa_deploy.backend import float_recipe, get_backend
 from fofa_deploy.types import Graph, HardwareProfile, Preprocessing, Sidecar, TensorSpec
 
-SIDE, CHANNELS, CLASSES, TRUNK = 32, 16, 10, 6
+SIDE, CHANNELS, CLASSES, TRUNK = 32, 16, 10, 7
 PREPROCESSING = Preprocessing(image_size=(SIDE, SIDE), channels=3, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
