@@ -222,6 +222,22 @@ class MeasurePlan(Frozen):
     warmup_runs: PositiveInt = 30
 
 
+class GatePlan(Frozen):
+    """What counts as a regression against a baseline; docs/gate.md tells how it is judged."""
+
+    launches: Annotated[int, Field(ge=5, le=64)] = Field(
+        default=8, description="fresh processes per look; more where many metrics are judged"
+    )
+    margin: Annotated[float, Field(ge=0.0, le=1.0)] = Field(default=0.02, description="a slowdown of the median that is none")
+    max_slowdown: PositiveFloat = Field(
+        default=0.03, description="a pass shows with 95 % confidence that it is not slower than this"
+    )
+    tail_margin: NonNegativeFloat = Field(default=0.1, description="of p90 and p99, between the binomial bounds")
+    accuracy_margin: Fraction = Field(default=0.002, description="a loss of accuracy that is none, be it significant or not")
+    max_size_increase: NonNegativeFloat | None = 0.1
+    max_memory_increase: NonNegativeFloat | None = Field(default=0.2, description="of the peak of a process that holds the session")
+
+
 class LimitsPlan(Frozen):
     """Of every child process."""
 
@@ -247,6 +263,7 @@ class RunPlan(Frozen):
     verify: VerifyPlan = VerifyPlan()
     measure: MeasurePlan = MeasurePlan()
     limits: LimitsPlan = LimitsPlan()
+    gate: GatePlan = GatePlan()
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -24,7 +24,7 @@ ORDER = """
     config store metrics
     environment verify measure data models
     diagnosis judge inference report
-    distill capture tune
+    distill capture tune gate
     adopt pipeline
     cli
 """

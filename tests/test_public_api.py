@@ -7,10 +7,15 @@ import pytest
 
 import fofa_deploy
 from fofa_deploy import backend, errors, results, types
+from fofa_deploy.gate import baseline, verdicts
 
 SIGNATURES = {
     "fofa_deploy.config.load_plan": "(source, overrides=())",
     "fofa_deploy.pipeline.compress_and_export": "(plan, out, progress, force=False)",
+    "fofa_deploy.gate.check.check": "(candidate, baseline, progress, options=None)",
+    "fofa_deploy.gate.pytest_plugin.Gate.check": (
+        "(self, candidate, baseline=None, *, quick=False, trend=False, profile=None, inconclusive='skip')"
+    ),
     "fofa_deploy.profile.find_profile": "(name_or_path)",
     "fofa_deploy.profile.installed_profiles": "()",
     "fofa_deploy.backend.backend_names": "()",
@@ -130,6 +135,18 @@ def test_the_words_of_a_report():
     assert {status.value for status in types.Status} == {"verified", "built-not-run", "rejected", "failed", "skipped"}
     assert {precision.value for precision in types.Precision} == {"fp32", "fp16", "bf16", "int8"}
     assert list(results.Latency.model_fields) == ["min", "mean", "p50", "p90", "p95", "p99"]
+
+
+def test_the_words_of_a_gate():
+    assert {verdict.value: code for verdict, code in verdicts.EXIT_CODES.items()} == {
+        "pass": 0,
+        "improved": 0,
+        "fail": 1,
+        "inconclusive": 4,
+    }
+    assert verdicts.GateReport.model_fields.keys() >= {"schema_version", "verdict", "findings", "figures", "environment", "seconds"}
+    assert verdicts.Finding.model_fields.keys() >= {"target", "metric", "verdict", "reason", "baseline", "candidate", "ratio"}
+    assert baseline.Baseline.model_fields.keys() >= {"schema_version", "environment", "targets"}
 
 
 def test_the_seam_is_no_wider_than_it_was():

@@ -17,6 +17,7 @@ VERBS = {
     "verify": "Hold the artifacts of a run, or an ONNX file, to the model they came from.",
     "profile": "Measure the latency of a run's artifacts, or of an ONNX file.",
     "report": "Write the reports of a finished run again.",
+    "check": "Judge a candidate against a baseline and its budgets: the gate of a CI job.",
     "doctor": "What this machine can build and run, and why not.",
     "backends": "List the registered back ends.",
     "profiles": "List the hardware profiles, or show one.",

@@ -266,6 +266,51 @@ def _panel(axes: Axes, title: str, lines: Lines) -> None:
     axes.legend(fontsize=12, labelcolor=MUTED, handlelength=1.2, borderaxespad=0.2)
 
 
+# --- history of checks ----------------------------------------------------------------------------------------
+
+COLOURS = {
+    "ink": "#1a1a1a",
+    "muted": "#5f6368",
+    "rule": "#c9ccd1",
+    "paper": "#ffffff",
+    "s1": "#0b6bcb",
+    "s2": "#c2410c",
+    "s3": "#15803d",
+    "s4": "#7e22ce",
+    "s5": "#b91c1c",
+    "s6": "#0f766e",
+}
+"""For a picture without a page around it."""
+
+
+def trend(panels: Mapping[str, Mapping[str, Sequence[Sequence[Point]]]]) -> str:
+    """A standalone SVG file: one panel per figure, one colour per name, and a gap wherever a name's next run of points begins."""
+    with mpl.rc_context(STYLE):
+        figure, all_axes = _figure(14.4, 4.2, len(panels))
+        for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
+            _trend_panel(axes, title, lines)
+        figure.tight_layout(w_pad=2.5)
+        svg = _svg(figure, "Figures of every check, in the order of checking")
+    variables = ";".join(f"--{name}:{colour}" for name, colour in COLOURS.items())
+    style = f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" style="{variables};background:#ffffff"'
+    return f"{str(svg).replace('<svg ', f'<svg {style} ', 1)}\n"
+
+
+def _trend_panel(axes: Axes, title: str, lines: Mapping[str, Sequence[Sequence[Point]]]) -> None:
+    for number, (name, runs) in enumerate(lines.items()):
+        colour, marker = _look(number)
+        for part, run in enumerate(runs):
+            label = words.clipped(name, LABEL_LENGTH) if part == 0 else None
+            axes.plot(*zip(*run, strict=True), color=colour, lw=1.4, marker=marker, ms=4, label=label)
+    axes.set_title(title, loc="left", fontsize=13.5, color=INK)
+    axes.set_xlabel("check")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.grid(axis="y", color=RULE, lw=0.7)
+    axes.tick_params(length=0, which="both")
+    if lines:
+        axes.legend(fontsize=12, labelcolor=MUTED, handlelength=1.2, borderaxespad=0.2)
+
+
 # --- matplotlib's SVG into the page's ------------------------------------------------------------------------
 
 

@@ -10,12 +10,13 @@ from pydantic import ValidationError
 
 from fofa_deploy.errors import UserError
 from fofa_deploy.results import RunReport
+from fofa_deploy.types import Frozen
 
 SCHEMA_VERSION = 1
 REPAIR = "give a report.json that fofa-deploy wrote, or make the run again"
 
 
-def to_json(report: RunReport) -> str:
+def to_json(report: Frozen) -> str:
     """Strict JSON: a NaN that slipped past the types raises ValueError and is never written."""
     # model_dump_json would write NaN as null, which reads as "not measured".
     return json.dumps(report.model_dump(mode="json"), allow_nan=False, indent=1) + "\n"

@@ -1,0 +1,229 @@
+"""What is compared: run directories, baselines and artifact folders, all as the same few files per target."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fofa_deploy.config import RunPlan, load_plan
+from fofa_deploy.errors import DataError, IntegrityError, PlanError, UserError
+from fofa_deploy.gate.answers import classes_of
+from fofa_deploy.gate.baseline import BaselineTarget, baseline_file, kept_files, read_baseline
+from fofa_deploy.measure import Candidate
+from fofa_deploy.profile import find_profile
+from fofa_deploy.report import read_report
+from fofa_deploy.results import Environment, RunReport
+from fofa_deploy.store import digest
+from fofa_deploy.types import Artifact, HardwareProfile, digest_file
+
+PLAN, ARTIFACT = "plan.json", "artifact.json"
+SPLITS = ("test", "validation")
+"""Images to compare answers on; the first of them that a run has."""
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split: uint8 images (N,C,H,W), labels (N,), and PyTorch's logits (N,K) on them."""
+
+    folder: Path
+    logits: Path
+    labelled: bool
+
+    @cached_property
+    def pytorch(self) -> NDArray[np.int64]:
+        """The top-1 class of the model that the artifact came from, per image."""
+        return classes_of(np.load(self.logits, allow_pickle=False))
+
+    @cached_property
+    def truth(self) -> NDArray[np.int64]:
+        """The class that counts as right: the label, or without labels PyTorch's."""
+        return np.load(self.folder / "labels.npy", allow_pickle=False) if self.labelled else self.pytorch
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for two runs whose answers can be paired image by image."""
+        return digest_file(self.folder / ("labels.npy" if self.labelled else "images.npy"))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One target's artifact, and what it is judged on."""
+
+    target: str
+    artifact: Artifact
+    profile: HardwareProfile | None
+    golden: Path | None
+    images: Images | None = None
+    kept: tuple[tuple[int, ...], str] | None = None
+    """A baseline's answers, and the digest of what they are right or wrong by."""
+
+    @property
+    def identity(self) -> str:
+        """Equal for artifacts that are the same computation on the same input: files, preprocessing and options."""
+        artifact = self.artifact
+        return digest([artifact.backend, artifact.sha256, artifact.sidecar, artifact.recipe.options])
+
+    def runnable(self, profile: HardwareProfile, golden: Path) -> Candidate:
+        return Candidate(artifact=self.artifact.folder, profile=profile, golden=golden, batch=profile.execution.batch_sizes[0])
+
+
+@dataclass(frozen=True)
+class Source:
+    """One side of a comparison. ``environment`` is where its figures were taken; None for a bare artifact."""
+
+    path: Path
+    subjects: dict[str, Subject]
+    environment: Environment | None = None
+    plan: RunPlan | None = None
+    recorded: dict[str, BaselineTarget] | None = None
+
+
+def open_source(path: Path, profile: str | None = None) -> Source:
+    """Whatever ``path`` is: a run directory, a baseline (folder or JSON), or an artifact's folder.
+
+    Args:
+        profile: name or path of the hardware profile of a bare artifact folder; a run brings its own.
+
+    Raises:
+        UserError: it is none of these, or holds files that are not the recorded ones.
+    """
+    if not path.exists():
+        raise UserError(f"{path} does not exist", "check the path")
+    if file := baseline_file(path):
+        return _baseline(file)
+    if (path / PLAN).is_file():
+        return _run(path)
+    if (path / ARTIFACT).is_file():
+        return _artifact(path, profile)
+    raise UserError(
+        f"{path} is no run directory, baseline or artifact folder", f"give a folder with {PLAN}, baseline.json or {ARTIFACT}"
+    )
+
+
+def _run(root: Path) -> Source:
+    plan, report = load_plan(str(root / PLAN)), read_report(root)
+    profiles = {profile.name: profile for profile in map(find_profile, plan.targets)}
+    chosen = {row.target: row for row in report.targets if row.chosen and row.artifact}
+    subjects = {}
+    for target, row in chosen.items():
+        if target not in profiles:
+            raise PlanError(f"{root}/report.json has a target {target!r} that its plan has not", "finish the run again")
+        artifact = load_artifact(_below(root, str(row.artifact)))
+        if artifact.sha256 != row.sha256:
+            raise IntegrityError(f"{artifact.path} is not the artifact of {root}/report.json", "finish the run again")
+        subjects[target] = Subject(target, artifact, profiles[target], *_evidence(root, plan))
+    return Source(root, subjects, _environment(report), plan)
+
+
+def _environment(report: RunReport) -> Environment:
+    return next((row.environment for row in report.targets if row.chosen and row.environment), report.environment)
+
+
+def _evidence(root: Path, plan: RunPlan) -> tuple[Path, Images | None]:
+    found = (Images(root / "data" / name, root / "expected" / f"{name}.npy", plan.data.labelled) for name in SPLITS)
+    images = next((i for i in found if (i.folder / "images.npy").is_file() and i.logits.is_file()), None)
+    return root / "graph" / "golden.npz", images
+
+
+def _below(root: Path, relative: str) -> Path:
+    folder = (root / relative).resolve()
+    if root.resolve() not in folder.parents:
+        raise UserError(f"{root}/report.json names {relative!r}, which leaves the run directory", "finish the run again")
+    return folder
+
+
+def _artifact(folder: Path, profile: str | None) -> Source:
+    """A bare artifact folder; one inside a run directory is compared with that run's images."""
+    artifact = load_artifact(folder)
+    root = next((parent for parent in folder.resolve().parents if (parent / PLAN).is_file()), None)
+    if root is None:
+        hardware = find_profile(profile) if profile else None
+        target = hardware.name if hardware else ""
+        golden = folder / "golden.npz"
+        return Source(folder, {target: Subject(target, artifact, hardware, golden if golden.is_file() else None)})
+    plan, target = load_plan(str(root / PLAN)), folder.resolve().parent.name
+    profiles = {found.name: found for found in map(find_profile, [*plan.targets, *([profile] if profile else [])])}
+    hardware = profiles.get(target)
+    return Source(folder, {target: Subject(target, artifact, hardware, *_evidence(root, plan))}, plan=plan)
+
+
+def _baseline(file: Path) -> Source:
+    baseline = read_baseline(file)
+    subjects = {}
+    for target, entry in baseline.targets.items():
+        kept = kept_files(file, target, entry)
+        artifact = load_artifact(kept.artifact)
+        if artifact.sha256 != entry.figures.sha256:
+            raise IntegrityError(f"{artifact.path} is not the artifact that {file} records", "write the baseline again")
+        answers = (kept.classes, str(kept.truth)) if kept.classes is not None else None
+        subjects[target] = Subject(target, artifact, None, kept.golden, kept=answers)
+    return Source(file, subjects, baseline.environment, recorded=dict(baseline.targets))
+
+
+def load_artifact(folder: Path) -> Artifact:
+    """`Artifact.load`, with a record that is missing, malformed or leaves its folder told as what it is.
+
+    Raises:
+        IntegrityError: and nothing of it reaches a runtime.
+    """
+    root = folder.resolve()
+    try:
+        files = [str(record["path"]) for record in json.loads((folder / ARTIFACT).read_bytes())["files"]]
+        if outside := [path for path in files if root not in (folder / path).resolve().parents]:
+            raise IntegrityError(f"{folder / ARTIFACT} names {outside[0]!r}, which leaves its folder", "build the artifact again")
+        return Artifact.load(folder)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+        problem = f"{folder / ARTIFACT} is no record of an artifact: {str(error).splitlines()[0]}"
+        raise IntegrityError(problem, "build the artifact again") from error
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A target's two sides, under one profile, on the same inputs; alone where nothing is compared."""
+
+    target: str
+    candidate: Subject
+    baseline: Subject | None
+    profile: HardwareProfile
+    golden: Path
+
+    @property
+    def same(self) -> bool:
+        return self.baseline is not None and self.baseline.identity == self.candidate.identity
+
+
+def pair_up(candidate: Source, baseline: Source | None) -> tuple[list[Pair], list[str]]:
+    """Every target of the candidate beside the baseline's of the same name; and the targets that only the baseline has.
+
+    Raises:
+        DataError: neither side of a target brings inputs to run it on, or its profile.
+    """
+    others = dict(baseline.subjects) if baseline else {}
+    subjects = candidate.subjects
+    if len(subjects) == len(others) == 1 and "" in {*subjects, *others}:
+        name = next(iter(subjects)) or next(iter(others))
+        subjects, others = ({name: next(iter(side.values()))} for side in (subjects, others))
+    pairs = [_pair(subject, others.pop(target, None)) for target, subject in subjects.items()]
+    return pairs, sorted(others)
+
+
+def _pair(subject: Subject, other: Subject | None) -> Pair:
+    profile = subject.profile or (other.profile if other else None)
+    golden = subject.golden or (other.golden if other else None)
+    if profile is None:
+        raise DataError(
+            f"{subject.artifact.folder} does not say which device it is for", "name its hardware profile with --profile"
+        )
+    if golden is None:
+        action = "let one side be a run directory or a baseline: these bring inputs"
+        raise DataError(f"there is nothing to run {subject.artifact.folder} on", action)
+    if subject.images is None and other is not None and other.images is not None:
+        subject = replace(subject, images=other.images)
+    elif other is not None and other.images is None and other.kept is None and subject.images is not None:
+        other = replace(other, images=subject.images)
+    return Pair(profile.name, subject, other, profile, golden)

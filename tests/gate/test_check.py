@@ -1,0 +1,221 @@
+"""The gate as a user meets it: a real run, a slower one, a less accurate one, one with nothing changed; baselines, trends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from tiny import build, run_cli, write_graph
+
+from fofa_deploy.errors import DataError, UnavailableError, UserError
+from fofa_deploy.gate.check import Options, check
+from fofa_deploy.gate.launches import race
+from fofa_deploy.gate.verdicts import GateReport, Verdict
+from fofa_deploy.isolate import Child
+from fofa_deploy.progress import Quiet
+from fofa_deploy.types import Artifact
+
+from .conftest import chosen, lose_target, slow_down, spoil_preprocessing
+
+
+def found(report: GateReport, metric: str):
+    (finding,) = (finding for finding in report.findings if finding.metric == metric)
+    return finding
+
+
+def run_check(*arguments: object):
+    done = run_cli("check", *arguments, "--quick", "--json", "--quiet")
+    assert done.stdout, done.stderr
+    return done, GateReport.model_validate_json(done.stdout)
+
+
+def test_nothing_changed_passes(baseline_run, copy):
+    done, report = run_check(copy, "--baseline", baseline_run)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert report.verdict is Verdict.PASS
+    assert "equal by definition" in found(report, "latency").reason
+    assert found(report, "top-1").reason.startswith("0 of ")
+    assert done.stderr.startswith("gate: pass (")
+
+
+def test_a_slower_recipe_fails_by_latency_and_by_nothing_that_did_not_change(baseline_run, copy, tmp_path):
+    slow_down(copy)
+    junit, summary = tmp_path / "junit.xml", tmp_path / "summary.md"
+    done, report = run_check(copy, "--baseline", baseline_run, "--junit", junit, "--markdown", summary)
+    assert done.returncode == 1, done.stdout + done.stderr
+    latency = found(report, "latency")
+    assert latency.verdict is Verdict.FAIL
+    assert latency.ratio > 1.5
+    assert latency.p_value < 0.035
+    assert found(report, "top-1").verdict is Verdict.PASS
+    assert "latency: slower" in done.stderr
+    cases = {case.get("name"): case for case in ElementTree.parse(junit).iter("testcase")}
+    assert cases["latency"].find("failure").get("message") == latency.reason
+    assert cases["top-1"].find("failure") is None
+    assert "❌ | one-thread | latency" in summary.read_text()
+
+
+def test_wrong_preprocessing_fails_by_accuracy_although_the_file_is_the_same(baseline_run, copy):
+    before = Artifact.load(chosen(copy)).sha256
+    spoil_preprocessing(copy)
+    assert Artifact.load(chosen(copy)).sha256 == before
+    report, _ = check(copy, baseline_run, Quiet(), Options(quick=True))
+    assert report.verdict is Verdict.FAIL
+    accuracy = found(report, "top-1")
+    assert accuracy.verdict is Verdict.FAIL
+    assert accuracy.candidate < accuracy.baseline - 0.02
+    assert accuracy.p_value < 0.035
+    assert found(report, "top-1 against PyTorch").verdict is Verdict.FAIL
+
+
+def test_budgets_hold_without_any_baseline(copy):
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["budget"] = {"p90_ms": 1e-4, "size_bytes": 10**9, "peak_rss_bytes": 10**6}
+    (copy / "plan.json").write_text(json.dumps(plan))
+    done, report = run_check(copy)
+    assert done.returncode == 1
+    verdicts = {finding.metric: finding.verdict for finding in report.findings}
+    assert verdicts.pop("top-1 against PyTorch") is Verdict.PASS
+    assert verdicts == {"p90 budget": Verdict.FAIL, "size budget": Verdict.PASS, "memory budget": Verdict.FAIL}
+
+
+def test_without_budgets_a_run_alone_is_held_to_pytorch(baseline_run):
+    report, _ = check(baseline_run, None, Quiet())
+    assert {finding.metric for finding in report.findings} == {"top-1 against PyTorch"}
+    assert (report.verdict, sum(report.launches.values())) == (Verdict.PASS, 0)
+
+
+def test_a_baseline_is_written_once_and_judges_later_runs(copy, baseline_run, tmp_path):
+    history, plot, kept = tmp_path / "history.jsonl", tmp_path / "trend.svg", tmp_path / "base"
+    done, report = run_check(baseline_run, "--update-baseline", kept, "--history", history, "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    text = (kept / "baseline.json").read_text()
+    assert len(text) < 6000, "small enough to review"
+    assert json.loads(text)["targets"]["one-thread"]["figures"]["sha256"] == Artifact.load(chosen(baseline_run)).sha256
+    assert report.figures["one-thread"].p50_ms > 0
+    moved = Path(shutil.move(kept, tmp_path / "moved"))
+    done, report = run_check(copy, "--baseline", moved)
+    assert done.returncode == 0, done.stderr
+    assert found(report, "top-1").reason == "0 of 359 images lost, 0 won"
+    assert [json.loads(line)["verdict"] for line in history.read_text().splitlines()] == ["pass"]
+    assert "<svg " in plot.read_text()
+    assert "one-thread" in plot.read_text()
+
+
+@pytest.fixture
+def foreign(baseline_run, tmp_path) -> Path:
+    """The run, as another machine would have recorded it."""
+    run = Path(shutil.copytree(baseline_run, tmp_path / "foreign"))
+    report = json.loads((run / "report.json").read_text())
+    for environment in (report["environment"], report["targets"][0]["environment"]):
+        environment |= {"fingerprint": "0" * 64, "cpu": "Another CPU"}
+        environment["versions"]["onnxruntime"] = "1.0"
+    (run / "report.json").write_text(json.dumps(report))
+    return run
+
+
+def test_another_device_or_tool_is_refused_and_named(baseline_run, foreign):
+    with pytest.raises(UnavailableError, match=r"cpu Another CPU -> .*, onnxruntime 1\.0 -> ") as caught:
+        check(baseline_run, foreign, Quiet())
+    assert "--trend" in caught.value.action
+
+
+def test_a_trend_fails_on_accuracy_and_never_on_latency(foreign, copy):
+    slow_down(copy)
+    spoil_preprocessing(copy)
+    report, _ = check(copy, foreign, Quiet(), Options(quick=True, trend=True))
+    latency = found(report, "latency")
+    assert latency.verdict is Verdict.PASS
+    assert latency.reason.startswith("trend, not judged: slower: ")
+    assert found(report, "top-1").verdict is Verdict.FAIL
+    assert report.trend
+    assert any("another device" in notice for notice in report.notices)
+
+
+def test_a_target_that_the_candidate_lost_is_a_failure(baseline_run, copy):
+    lose_target(copy)
+    judged, _ = check(copy, baseline_run, Quiet())
+    assert judged.exit_code == 1
+    assert "no verified artifact" in found(judged, "artifact").reason
+
+
+def test_a_candidate_that_dies_fails_with_its_reason(baseline_run, copy, monkeypatch):
+    monkeypatch.setattr("fofa_deploy.gate.check.race", _dying)
+    slow_down(copy)
+    report, kept = check(copy, baseline_run, Quiet(), Options(quick=True))
+    assert report.exit_code == 1
+    assert "SIGKILL" in found(report, "run").reason
+    assert kept == {}
+
+
+def _dying(*arguments):
+    """The real launches; the first child is killed before it races."""
+    launches = race(*arguments)
+    kill = Child.call
+
+    def call(self, method, **named):
+        self._process.kill()
+        return kill(self, method, **named)
+
+    Child.call = call
+    try:
+        yield from launches
+    finally:
+        Child.call = kill
+
+
+def test_a_target_without_a_baseline_is_judged_alone_and_said_so(baseline_run, copy):
+    report = json.loads((copy / "report.json").read_text())
+    report["targets"] = []
+    (copy / "report.json").write_text(json.dumps(report))
+    judged, _ = check(baseline_run, copy, Quiet())
+    assert judged.verdict is Verdict.PASS
+    assert any("no such target" in notice for notice in judged.notices)
+
+
+def test_other_images_are_not_compared(baseline_run, copy):
+    labels = copy / "data" / "test" / "labels.npy"
+    content = bytearray(labels.read_bytes())
+    content[-8] ^= 1
+    labels.write_bytes(content)
+    with pytest.raises(DataError, match="not run on the same images"):
+        check(copy, baseline_run, Quiet())
+
+
+def test_artifact_folders_of_two_runs_are_compared_with_their_runs_images(baseline_run, copy):
+    report, _ = check(chosen(copy), chosen(baseline_run), Quiet())
+    assert report.verdict is Verdict.PASS
+    assert found(report, "top-1").baseline > 0.6
+
+
+def test_bare_artifacts_need_a_profile_and_inputs(tmp_path):
+    folder = build(write_graph(tmp_path / "graph"), "cpu-onnxruntime", tmp_path / "bare")
+    with pytest.raises(DataError, match="which device") as caught:
+        check(folder, None, Quiet())
+    assert "--profile" in caught.value.action
+    with pytest.raises(DataError, match="nothing to run"):
+        check(folder, None, Quiet(), Options(profile="cpu-onnxruntime"))
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty"])
+def test_what_is_no_side_is_told(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=name):
+        check(tmp_path / name, None, Quiet())
+
+
+def test_the_job_summary_is_appended_to(baseline_run, tmp_path, monkeypatch):
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    assert run_check(baseline_run)[0].returncode == 0
+    assert summary.read_text().startswith("before\n## ✅ fofa-deploy check: pass\n")
+
+
+def test_a_plot_needs_a_history(baseline_run):
+    done = run_cli("check", baseline_run, "--plot", "x.svg")
+    assert done.returncode == 2
+    assert "--history" in done.stderr
