@@ -18,13 +18,14 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 
 # A part may import parts of the lines above its own, and itself. A package is one part.
 ORDER = """
-    errors mistakes progress
+    errors mistakes progress runner
     types schema isolate
     results backend profile
     config store metrics
     environment verify measure data models
     diagnosis judge inference report
     distill capture tune
+    remote
     adopt pipeline
     cli
 """

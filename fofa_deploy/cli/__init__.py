@@ -16,6 +16,7 @@ VERBS = {
     "quantize": "Build and verify a hardware profile's recipes from a run or an ONNX file.",
     "verify": "Hold the artifacts of a run, or an ONNX file, to the model they came from.",
     "profile": "Measure the latency of a run's artifacts, or of an ONNX file.",
+    "bundle": "Pack a run's artifacts for a device that cannot be reached.",
     "report": "Write the reports of a finished run again.",
     "doctor": "What this machine can build and run, and why not.",
     "backends": "List the registered back ends.",

@@ -110,6 +110,18 @@ def _open_onnx(source: Source, progress: Progress, fresh: bool) -> Iterator[Tune
         yield adopt(store, source.path, source.images, Preparation(mean=source.mean, std=source.std), progress, settings)
 
 
+def keep(source: Source, rows: list[TargetRow]) -> None:
+    """Put rows from devices into the report of a run directory, each in the place of its last one."""
+    from fofa_deploy.report import read_report, write_report
+
+    if not (source.path / "report.json").is_file():
+        return
+    report = read_report(source.path)
+    new = {(row.target, row.recipe) for row in rows}
+    others = [row for row in report.targets if (row.target, row.recipe) not in new]
+    write_report(report.model_copy(update={"targets": (*others, *rows)}), source.path)
+
+
 def finish(rows: list[TargetRow], as_json: bool) -> None:
     """Show the rows; exit 1 when a target has nothing good to show, 3 when nothing could be tried."""
     import json

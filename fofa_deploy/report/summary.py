@@ -119,13 +119,17 @@ def conditions(row: TargetRow) -> str:
 
 def _conditions(row: TargetRow, measured: Measurement) -> Iterator[str]:
     yield measured.device
-    yield f"{measured.threads} thread{'s' if measured.threads > 1 else ''}, batch {measured.batch}"
+    yield _load(measured)
     yield f"{words.count(measured.warmup_runs)} warm-up + {words.count(measured.runs)} runs"
     yield f"variation {words.percent(measured.variation)}"
     if row.environment:
         yield f"{row.environment.machine}: {_runtime_version(row.runtime, row.environment)}"
     yield f"artifact {measured.artifact_sha256[:12]}"
     yield words.moment(measured.measured_at)
+
+
+def _load(measured: Measurement) -> str:
+    return f"{measured.threads} thread{'s' if measured.threads > 1 else ''}, batch {measured.batch}"
 
 
 def _runtime_version(runtime: str, environment: Environment) -> str:
@@ -151,7 +155,7 @@ def _further(row: TargetRow) -> Iterator[str]:
     if row.cold_start_ms is not None:
         yield f"cold start {words.milliseconds(row.cold_start_ms)} ms"
     for other in row.other_batches:
-        yield f"batch {other.batch}: p50 {words.milliseconds(other.latency_ms.p50)} ms, {other.throughput_sps:,.0f} images/s"
+        yield f"{_load(other)}: p50 {words.milliseconds(other.latency_ms.p50)} ms, {other.throughput_sps:,.0f} images/s"
     yield from _energy(row.measurement)
 
 
