@@ -75,6 +75,29 @@ class Measurement(Frozen):
     warnings: tuple[str, ...] = ()
 
 
+class LayerCost(Frozen):
+    """One layer as its runtime timed it, beside what the graph says it has to do; None where the two cannot be joined."""
+
+    name: str
+    operator: str
+    precision: str
+    ms: float = Field(description="by the runtime's own profiler, which slows it down: to be read as a share")
+    share: Fraction = Field(description="of all layers' time")
+    macs: int | None = None
+    bytes: int | None = None
+    of_limit: float | None = Field(default=None, description="least possible time over this one, by the roofline")
+
+
+class Peaks(Frozen):
+    """A machine's limits, measured."""
+
+    gops: dict[str, PositiveFloat] = Field(description="10^9 operations per second by precision; a multiply-accumulate is two")
+    gbps: PositiveFloat = Field(description="GB/s of copying, reads and writes both counted")
+    threads: PositiveInt
+    measured_at: str
+    fingerprint: str
+
+
 class TargetRow(Frozen):
     """One recipe tried on one target."""
 
@@ -102,6 +125,9 @@ class TargetRow(Frozen):
     other_batches: tuple[Measurement, ...] = Field(
         default=(), description="the chosen artifact at other batch sizes and numbers of threads"
     )
+    layers: tuple[LayerCost, ...] = Field(default=(), description="of the chosen artifact, the slowest first")
+    peaks: Peaks | None = None
+    of_limit: float | None = Field(default=None, description="least possible time of all known products over the median latency")
     speedup: float | None = Field(default=None, description="p50 of the reference over this one's, interleaved in one run")
     environment: Environment | None = None
     artifact: str | None = Field(default=None, description="folder, relative to the run directory")

@@ -20,6 +20,7 @@ from fofa_deploy.diagnosis import Offer, OfferRequest
 from fofa_deploy.errors import DataError, FofaError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.judge import accuracy_problem, budget_problem, precision_problem
+from fofa_deploy.layers import layers_of
 from fofa_deploy.measure import Candidate, measure
 from fofa_deploy.metrics import topk
 from fofa_deploy.progress import Progress
@@ -285,7 +286,11 @@ class Tuner:
     def _finished(self, profile: HardwareProfile, row: TargetRow) -> TargetRow:
         others, problems = self._sweep(profile, row)
         facts = {"reason": "; ".join([row.reason, *problems]), "other_batches": others}
-        return self.tested(profile, row).model_copy(update=facts)
+        return self.tested(profile, row).model_copy(update=facts | self._layers(profile, row))
+
+    def _layers(self, profile: HardwareProfile, row: TargetRow) -> dict[str, object]:
+        candidate = self.candidate(profile, row, *self.settings.lines(profile)[0])
+        return layers_of(candidate, self._graph.path, _p50(row), self.settings.limits.run_seconds)
 
     def _inside_budget(self, profile: HardwareProfile, row: TargetRow) -> TargetRow:
         if row.status is not Status.VERIFIED or row.measurement is None:

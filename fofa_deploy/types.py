@@ -205,6 +205,15 @@ class Layer(Frozen):
     weighted: bool = Field(description="convolution or matrix product with constant weights, the layers that cost")
 
 
+class LayerTime(Frozen):
+    """What one layer takes, as the runtime's own profiler tells it; its names are those of the layer table where they can be."""
+
+    name: str
+    operator: str
+    precision: str
+    ms: float = Field(ge=0.0, description="mean over the profiled runs")
+
+
 class FileRecord(Frozen):
     path: str = Field(description="relative to the folder that holds the record, POSIX separators")
     sha256: str

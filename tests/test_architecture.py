@@ -23,6 +23,8 @@ ORDER = """
     results backend profile
     config store metrics
     environment verify measure data models
+    roofline
+    layers
     diagnosis judge inference report
     distill capture tune
     remote

@@ -1,0 +1,188 @@
+"""What a layer could take at best here: its multiplications and bytes from the graph, this machine's limits by measurement.
+
+After Williams, Waterman and Patterson, "Roofline" (2009): nothing is faster than its arithmetic at the measured peak or its
+bytes at the measured bandwidth, whichever takes longer. Bytes count every operand once, as if caches held nothing between layers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import onnx
+from pydantic import PositiveFloat, ValidationError
+
+from fofa_deploy import environment
+from fofa_deploy.results import LayerCost, Peaks
+from fofa_deploy.store import write_atomic
+from fofa_deploy.types import Frozen, LayerTime, Precision
+
+WIDTH = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2, Precision.INT8: 1}
+SIDE = 1024
+"""Of the matrices by which peaks are measured: large enough to leave the overheads behind, small enough to be quick."""
+COPY_BYTES = 128 << 20
+REPEATS = 5
+
+
+class Work(Frozen):
+    """Of one graph node for one image."""
+
+    macs: int
+    elements: int
+
+
+# --- the graph ----------------------------------------------------------------------------------------------------
+
+
+def work(path: Path, batch: int = 1) -> dict[str, Work]:
+    """Multiply-accumulates and elements moved, per convolution and matrix product of a graph, by node name."""
+    model = onnx.load(path)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    shapes = _shapes(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
+    found = {node.name: _work(node, shapes) for node in model.graph.node}
+    return {name: cost for name, cost in found.items() if cost}
+
+
+def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
+    """Of every tensor whose shape is known."""
+    values = [*graph.input, *graph.value_info, *graph.output]
+    dims = {value.name: value.type.tensor_type.shape.dim for value in values}
+    known = {name: tuple(d.dim_value for d in shape) for name, shape in dims.items() if all(d.dim_value > 0 for d in shape)}
+    return known | {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+
+
+def _work(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Work | None:
+    names = [*node.input[:2], node.output[0]]
+    if node.op_type not in ("Conv", "Gemm", "MatMul") or any(name not in shapes for name in names):
+        return None
+    left, right, out = (shapes[name] for name in names)
+    if node.op_type == "Conv":
+        depth = math.prod(right[1:])
+    elif node.op_type == "MatMul":
+        depth = left[-1]
+    else:
+        depth = left[0] if any(a.name == "transA" and a.i for a in node.attribute) else left[1]
+    return Work(macs=math.prod(out) * depth, elements=math.prod(left) + math.prod(right) + math.prod(out))
+
+
+# --- this machine -------------------------------------------------------------------------------------------------
+
+
+def peaks(threads: int) -> Peaks:
+    """This machine's limits with so many threads: measured once, kept in the user's cache until the machine changes."""
+    here = environment.describe().fingerprint
+    path = cache() / f"peaks-{here[:16]}-{threads}.json"
+    try:
+        return Peaks.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        found = _measured(threads, here)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, found.model_dump_json(indent=1).encode())
+    except OSError:
+        pass  # a read-only home costs two seconds each time
+    return found
+
+
+def cache() -> Path:
+    """The user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fofa-deploy"
+
+
+def _measured(threads: int, fingerprint: str) -> Peaks:
+    products = {Precision.FP32: _onnxruntime_product(threads, False), Precision.INT8: _onnxruntime_product(threads, True)}
+    products |= _openvino_product(threads)
+    return Peaks(
+        gops={str(precision): 2 * SIDE**3 / _fastest(run) / 1e9 for precision, run in products.items()},
+        gbps=_bandwidth(threads),
+        threads=threads,
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        fingerprint=fingerprint,
+    )
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few runs: a limit is what the machine can do, not what it does on average."""
+    run()
+    took = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - started)
+    return min(took)
+
+
+def _product(integer: bool) -> onnx.ModelProto:
+    """out = a @ weights, square; in integers u8 x s7 -> s32, which no CPU saturates."""
+    make, kind = onnx.helper, onnx.TensorProto.UINT8 if integer else onnx.TensorProto.FLOAT
+    rng = np.random.default_rng(0)
+    weights = rng.integers(-64, 64, (SIDE, SIDE), np.int8) if integer else rng.standard_normal((SIDE, SIDE), np.float32)
+    node = make.make_node("MatMulInteger" if integer else "MatMul", ["a", "weights"], ["out"])
+    sink = onnx.TensorProto.INT32 if integer else onnx.TensorProto.FLOAT
+    values = [make.make_tensor_value_info(name, dtype, [SIDE, SIDE]) for name, dtype in (("a", kind), ("out", sink))]
+    graph = make.make_graph([node], "product", values[:1], values[1:], [onnx.numpy_helper.from_array(weights, "weights")])
+    return make.make_model(graph, opset_imports=[make.make_opsetid("", 18)], ir_version=9)
+
+
+def _onnxruntime_product(threads: int, integer: bool) -> Callable[[], object]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(_product(integer).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds = {"a": np.ones((SIDE, SIDE), np.uint8 if integer else np.float32)}
+    return lambda: session.run(None, feeds)
+
+
+def _openvino_product(threads: int) -> dict[Precision, Callable[[], object]]:
+    """bf16, where the CPU has it: ONNX Runtime's own matrix product has none."""
+    import openvino as ov
+
+    core = ov.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return {}
+    config = {"INFERENCE_PRECISION_HINT": ov.Type.bf16, "INFERENCE_NUM_THREADS": threads}
+    request = core.compile_model(core.read_model(_product(False).SerializeToString()), "CPU", config).create_infer_request()
+    feeds = {"a": np.ones((SIDE, SIDE), np.float32)}
+    return {Precision.BF16: lambda: request.infer(feeds)}
+
+
+def _bandwidth(threads: int) -> PositiveFloat:
+    """GB/s of copying, bytes read and bytes written both counted."""
+    pairs = [(np.ones(COPY_BYTES // threads, np.uint8), np.empty(COPY_BYTES // threads, np.uint8)) for _ in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = _fastest(lambda: list(pool.map(lambda pair: np.copyto(pair[1], pair[0]), pairs)))
+    return 2 * COPY_BYTES / seconds / 1e9
+
+
+# --- both ---------------------------------------------------------------------------------------------------------
+
+
+def costs(times: tuple[LayerTime, ...], nodes: Mapping[str, Work], limits: Peaks) -> tuple[LayerCost, ...]:
+    """Each layer with its graph node's work and the least it could take, as far as both are known."""
+    total = sum(layer.ms for layer in times)
+    return tuple(_cost(layer, _node_of(layer.name, nodes), nodes, limits, total) for layer in times)
+
+
+def _node_of(layer: str, nodes: Mapping[str, Work]) -> str | None:
+    """The graph node that a runtime's layer came from: runtimes append to its name, and never the other way round."""
+    fitting = [name for name in nodes if layer == name or layer.startswith((f"{name}/", f"{name}_token_"))]
+    return max(fitting, key=len, default=None)
+
+
+def _cost(layer: LayerTime, node: str | None, nodes: Mapping[str, Work], limits: Peaks, total: float) -> LayerCost:
+    share = layer.ms / total if total else 0.0
+    known = LayerCost(**layer.model_dump(), share=share)
+    peak = limits.gops.get(layer.precision)
+    if node is None or peak is None or not layer.ms:
+        return known
+    size = nodes[node].elements * WIDTH[Precision(layer.precision)]
+    least = 1e3 * max(2 * nodes[node].macs / (peak * 1e9), size / (limits.gbps * 1e9))
+    return known.model_copy(update={"macs": nodes[node].macs, "bytes": size, "of_limit": least / layer.ms})
