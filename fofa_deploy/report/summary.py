@@ -166,6 +166,36 @@ def _energy(measured: Measurement | None) -> Iterator[str]:
         yield f"energy: {measured.energy_reason}"
 
 
+TOP = 10
+"""Layers shown; report.json keeps all."""
+
+
+def profiled(report: RunReport) -> list[TargetRow]:
+    """The chosen rows whose runtime told what each layer takes."""
+    return [target.chosen for target in targets_of(report) if target.chosen and target.chosen.layers]
+
+
+def fleet(report: RunReport) -> dict[str, list[TargetRow]]:
+    """Artifacts that were measured in more than one place, by recipe and digest: the only ones that compare devices."""
+    groups: dict[str, list[TargetRow]] = {}
+    for row in report.targets:
+        if row.measurement:
+            groups.setdefault(f"{row.recipe} {row.measurement.artifact_sha256[:8]}", []).append(row)
+    return {name: rows for name, rows in groups.items() if len({row.target for row in rows}) > 1}
+
+
+def limit_words(row: TargetRow) -> str:
+    """How near an artifact comes to what the machine can do."""
+    if row.of_limit is None or row.peaks is None:
+        return "how near it comes to this machine's limits is not known"
+    peaks = ", ".join(f"{name} {value:,.0f}" for name, value in row.peaks.gops.items())
+    return (
+        f"runs at {words.percent(row.of_limit)} of what this machine can do "
+        f"(measured with {row.peaks.threads} threads: {peaks} · 10⁹ operations/s, {row.peaks.gbps:.1f} GB/s; "
+        f"{words.moment(row.peaks.measured_at)})"
+    )
+
+
 def environments(report: RunReport) -> list[tuple[str, Environment]]:
     """Every distinct environment with what was done there."""
     places: dict[str, tuple[list[str], Environment]] = {report.environment.fingerprint: (["this run"], report.environment)}
