@@ -57,7 +57,8 @@ def layers(request: LayersRequest) -> LayersFound:
     with np.load(request.golden, allow_pickle=False) as arrays:
         feeds = {sidecar.input.name: np.ascontiguousarray(arrays["images"][:1])}
     times = tuple(backend.layer_times(artifact, request.profile, feeds, RUNS))
-    limits = peaks(request.profile.execution.thread_count)
+    # Limits are measured on the CPU, and say nothing about another kind of device.
+    limits = peaks(request.profile.execution.thread_count) if request.profile.device.kind == "cpu" else None
     found = costs(times, work(request.graph), limits)
     least = sum(layer.ms * layer.of_limit for layer in found if layer.of_limit is not None)
     return LayersFound(layers=tuple(sorted(found, key=lambda layer: -layer.ms)), peaks=limits, least_ms=least)

@@ -165,7 +165,7 @@ def _bandwidth(threads: int) -> PositiveFloat:
 # --- both ---------------------------------------------------------------------------------------------------------
 
 
-def costs(times: tuple[LayerTime, ...], nodes: Mapping[str, Work], limits: Peaks) -> tuple[LayerCost, ...]:
+def costs(times: tuple[LayerTime, ...], nodes: Mapping[str, Work], limits: Peaks | None) -> tuple[LayerCost, ...]:
     """Each layer with its graph node's work and the least it could take, as far as both are known."""
     total = sum(layer.ms for layer in times)
     return tuple(_cost(layer, _node_of(layer.name, nodes), nodes, limits, total) for layer in times)
@@ -177,12 +177,12 @@ def _node_of(layer: str, nodes: Mapping[str, Work]) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-def _cost(layer: LayerTime, node: str | None, nodes: Mapping[str, Work], limits: Peaks, total: float) -> LayerCost:
+def _cost(layer: LayerTime, node: str | None, nodes: Mapping[str, Work], limits: Peaks | None, total: float) -> LayerCost:
     share = layer.ms / total if total else 0.0
     known = LayerCost(**layer.model_dump(), share=share)
-    peak = limits.gops.get(layer.precision)
-    if node is None or peak is None or not layer.ms:
+    if node is None or limits is None or layer.precision not in limits.gops or not layer.ms:
         return known
+    peak = limits.gops[layer.precision]
     size = nodes[node].elements * WIDTH[Precision(layer.precision)]
     least = 1e3 * max(2 * nodes[node].macs / (peak * 1e9), size / (limits.gbps * 1e9))
     return known.model_copy(update={"macs": nodes[node].macs, "bytes": size, "of_limit": least / layer.ms})

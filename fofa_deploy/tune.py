@@ -25,6 +25,7 @@ from fofa_deploy.measure import Candidate, measure
 from fofa_deploy.metrics import topk
 from fofa_deploy.progress import Progress
 from fofa_deploy.results import Environment, Measurement, TargetRow
+from fofa_deploy.serving import write_example
 from fofa_deploy.store import Store
 from fofa_deploy.types import Artifact, Budget, Calibration, Frozen, Graph, HardwareProfile, Probe, Recipe, Status
 from fofa_deploy.verify import Verification, VerifyRequest
@@ -47,7 +48,9 @@ class Built(Frozen):
 def build(request: BuildRequest) -> Built:
     """Runs in a child process."""
     backend = get_backend(request.profile.runtime)
-    return Built(sha256=backend.build(Graph.load(request.graph), request.recipe, request.calibration, request.out).sha256)
+    artifact = backend.build(Graph.load(request.graph), request.recipe, request.calibration, request.out)
+    write_example(artifact)
+    return Built(sha256=artifact.sha256)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ ORDER = """
     errors mistakes progress runner
     types schema isolate
     results backend profile
-    config store metrics
+    config store metrics serving
     environment verify measure data models
     roofline
     layers
@@ -39,6 +39,7 @@ FRAMEWORKS = {"torch", "timm", "torchvision", "accelerate"}
 LAZY_TIMM = {"data"}  # timm.data opens data sets, inside one function
 RUNTIMES = {
     "_device": set(),
+    "_engine": {"onnx"},
     "_onnx": {"onnx", "onnxruntime"},
     "onnxruntime": {"onnx", "onnxruntime"},
     "openvino": {"openvino", "nncf"},

@@ -61,5 +61,5 @@ def test_pictures_and_tables_take_hostile_names_as_text():
     page = Page(render.html(report))
     assert "script" not in page.tags
     assert "onerror" not in page.attributes
-    assert page.links == []
+    assert all(link.startswith("#") for link in page.links)
     assert "<img" not in render.markdown(report)
