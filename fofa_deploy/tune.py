@@ -253,7 +253,7 @@ class Tuner:
         """What to measure of a row that has an artifact; with the profile's threads if not with others."""
         assert row.artifact
         folder, golden = self.root / row.artifact, self._evidence.golden
-        return Candidate(artifact=folder, profile=_with_threads(profile, threads), golden=golden, batch=batch)
+        return Candidate(artifact=folder, profile=with_threads(profile, threads), golden=golden, batch=batch)
 
     def sweep(self, batches: tuple[int, ...], threads: tuple[int, ...]) -> None:
         """Measure at these batch sizes and numbers of threads instead of the profiles' own; none = those."""
@@ -265,7 +265,7 @@ class Tuner:
             return None
         batch, threads = self.settings.lines(profile)[0]
         same = self._reference.profile.model_copy(update={"execution": profile.execution})
-        return self._reference.model_copy(update={"profile": _with_threads(same, threads), "batch": batch})
+        return self._reference.model_copy(update={"profile": with_threads(same, threads), "batch": batch})
 
     def _timed(self, row: TargetRow, found: Measurement | FofaError, base: Measurement | FofaError | None) -> TargetRow:
         if isinstance(found, FofaError):
@@ -367,7 +367,7 @@ def timings(found: Measurement, where: Environment) -> dict[str, object]:
     }
 
 
-def _with_threads(profile: HardwareProfile, threads: int | None) -> HardwareProfile:
+def with_threads(profile: HardwareProfile, threads: int | None) -> HardwareProfile:
     if threads is None:
         return profile
     return profile.model_copy(update={"execution": profile.execution.model_copy(update={"threads": threads})})

@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import remote_sshd
+from click.testing import CliRunner
 from remote_sshd import Server
 from tiny import alive, build, run_cli, write_graph
 
+from fofa_deploy.cli import cli
 from fofa_deploy.config import LimitsPlan, MeasurePlan
 from fofa_deploy.errors import BackendError, ChildError, IntegrityError, PlanError, UnavailableError
 from fofa_deploy.measure import Candidate
@@ -321,6 +323,24 @@ def test_the_command_line_measures_on_every_device(server, tmp_path):
     assert (bad["target"], bad["status"], bad["measurement"]) == ("cpu-onnxruntime on dead", "skipped", None)
     assert "dead cannot be reached" in bad["reason"]
     assert shown.returncode == 1
+
+
+def test_an_artifact_by_itself_is_swept(tmp_path):
+    folder = build(write_graph(tmp_path / "graph"), "cpu-onnxruntime", tmp_path / "artifact")
+    shown = run_cli("profile", folder, "--profile", "cpu-onnxruntime", "--batch", "1,3", "--threads", "1,2", "--json", "--quiet")
+    assert shown.returncode == 0, shown.stderr
+    found = json.loads(shown.stdout)
+    assert [(m["batch"], m["threads"]) for m in found] == [(1, 1), (3, 1), (1, 2), (3, 2)]
+    assert all(m["latency_ms"]["p50"] > 0 for m in found)
+
+
+@pytest.mark.parametrize("option", ["--batch", "--threads"])
+@pytest.mark.parametrize("value", ["0", "1,1", "x", "", "-1"])
+def test_a_sweep_of_nothing_is_refused(tmp_path, option, value):
+    (tmp_path / "m.onnx").touch()
+    shown = CliRunner().invoke(cli, ["profile", str(tmp_path / "m.onnx"), "--profile", "cpu-onnxruntime", option, value])
+    assert shown.exit_code == 2
+    assert "whole numbers" in shown.output
 
 
 # --- bundles

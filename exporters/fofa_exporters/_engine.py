@@ -77,7 +77,7 @@ def _output_format(row: dict[str, Any]) -> str:
     return next((name for word, name in words.items() if word in phrase.upper()), phrase)
 
 
-_STORED = {onnx.TensorProto.FLOAT16: Precision.FP16, onnx.TensorProto.BFLOAT16: Precision.BF16}
+_STORED: dict[int, Precision] = {onnx.TensorProto.FLOAT16: Precision.FP16, onnx.TensorProto.BFLOAT16: Precision.BF16}
 
 
 def typed_layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
@@ -92,6 +92,6 @@ def _typed_layer(node: onnx.NodeProto, constant: set[str], makers: dict[str, onn
     product = node.op_type in _onnx.WEIGHTED
     weighted = product and node.input[1] in constant
     integer = product and all(name in makers and makers[name].op_type == "DequantizeLinear" for name in node.input[:2])
-    held = next((stored[name] for name in node.input if name in stored), onnx.TensorProto.FLOAT)
+    held = next((stored[name] for name in node.input if name in stored), int(onnx.TensorProto.FLOAT))
     precision = Precision.INT8 if integer else _STORED.get(held, Precision.FP32)
     return Layer(name=node.name, operator=node.op_type, precision=precision, weighted=weighted)

@@ -217,7 +217,7 @@ def test_a_remote_gpu_gets_the_typed_graph_and_builds_the_engine_itself(captured
     assert "me@jetson builds the engine" in probe.reason
     recipe = recipe_named(backend, there, captured["cnn"].graph, recipe_name)
     artifact = backend.build(captured["cnn"].graph, recipe, captured["cnn"].calibration, tmp_path)
-    onnx.checker.check_model(str(artifact.path))
+    assert {value.name for value in onnx.load(artifact.path).graph.input} == {"images"}
     weighted = [layer.precision for layer in artifact.layers if layer.weighted]
     assert len(weighted) == 16
     assert set(weighted) == {recipe.precision}
