@@ -94,6 +94,7 @@ class Peaks(Frozen):
     gops: dict[str, PositiveFloat] = Field(description="10^9 operations per second by precision; a multiply-accumulate is two")
     gbps: PositiveFloat = Field(description="GB/s of copying, reads and writes both counted")
     threads: PositiveInt
+    busy: bool = Field(default=False, description="others were at work: too low, and measured again the next time")
     measured_at: str
     fingerprint: str
 

@@ -86,15 +86,38 @@ def test_limits_are_measured_once_and_again_on_another_machine(tmp_path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(roofline, "SIDE", 256)
     monkeypatch.setattr(roofline, "COPY_BYTES", 8 << 20)
+    here = roofline.environment.describe()
+
+    def machine(**facts):
+        monkeypatch.setattr(roofline.environment, "describe", lambda: here.model_copy(update=facts))
+
+    machine(load_average=0.1)
     first = peaks(1)
     assert {"fp32", "int8"} <= first.gops.keys()
     assert min(*first.gops.values(), first.gbps) > 0
+    assert not first.busy
     (file,) = (tmp_path / "fofa-deploy").iterdir()
     assert json.loads(file.read_text())["fingerprint"] == first.fingerprint
+    machine(load_average=50.0)
     assert peaks(1) == first
     file.write_text("{")
-    assert peaks(1).measured_at >= first.measured_at
-    here = roofline.environment.describe()
-    monkeypatch.setattr(roofline.environment, "describe", lambda: here.model_copy(update={"fingerprint": "e" * 64}))
+    assert peaks(1).busy
+    machine(fingerprint="e" * 64)
     assert peaks(1).fingerprint == "e" * 64
     assert len(list((tmp_path / "fofa-deploy").iterdir())) == 2
+
+
+def test_limits_taken_on_a_busy_machine_only_rise(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = roofline.environment.describe()
+    monkeypatch.setattr(roofline.environment, "describe", lambda: here.model_copy(update={"load_average": 50.0}))
+    found = iter([(100.0, 5.0), (80.0, 9.0)])
+
+    def measured(threads, where):
+        gops, gbps = next(found)
+        return LIMITS.model_copy(update={"gops": {"fp32": gops}, "gbps": gbps, "busy": True})
+
+    monkeypatch.setattr(roofline, "_measured", measured)
+    peaks(1)
+    risen = peaks(1)
+    assert (risen.gops, risen.gbps) == ({"fp32": 100.0}, 9.0)

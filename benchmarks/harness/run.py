@@ -117,7 +117,7 @@ def _theirs(candidate: Candidate, threads: int, seconds: int) -> float:
     tool = Path(sys.executable).with_name("benchmark_app")
     command = [tool, "-m", candidate.artifact / "model.xml", "-d", "CPU", "-api", "sync", "-hint", "none", "-nstreams", "1"]
     shape = f"[1,3,{SIDE},{SIDE}]"
-    command += ["-nthreads", str(threads), "-infer_precision", "f32", "-data_shape", shape, "-shape", shape, "-t", str(seconds)]
+    command += ["-nthreads", str(threads), "-infer_precision", "f32", "-data_shape", shape, "-t", str(seconds)]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     median = re.search(r"Median:\s+([\d.]+) ms", shown.stdout)
     if median is None:

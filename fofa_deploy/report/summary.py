@@ -192,7 +192,7 @@ def limit_words(row: TargetRow) -> str:
     return (
         f"runs at {words.percent(row.of_limit)} of what this machine can do "
         f"(measured with {row.peaks.threads} threads: {peaks} · 10⁹ operations/s, {row.peaks.gbps:.1f} GB/s; "
-        f"{words.moment(row.peaks.measured_at)})"
+        f"{words.moment(row.peaks.measured_at)}{', on a busy machine and so too low' if row.peaks.busy else ''})"
     )
 
 
