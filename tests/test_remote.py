@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from fofa_deploy.errors import BackendError, ChildError, IntegrityError, PlanErr
 from fofa_deploy.measure import Candidate
 from fofa_deploy.profile import find_profile
 from fofa_deploy.remote import transport
-from fofa_deploy.remote.bundle import Job, Line, job_for, write_bundle, write_question
+from fofa_deploy.remote.bundle import RUNNER, Job, Line, job_for, write_bundle, write_question
 from fofa_deploy.remote.device import Place, examine, places
 from fofa_deploy.remote.results import Failed, Timed, compare_outputs, read_results
 from fofa_deploy.remote.transport import Ssh, exchange
@@ -104,6 +105,20 @@ def test_a_device_says_what_it_is(server):
     assert {"onnxruntime", "numpy"} <= found.versions.keys()
     assert found.affinity
     assert server.left() == []
+
+
+SOURCES = sorted(Path(receive.__file__).parent.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_what_is_sent_needs_only_what_a_device_has(path):
+    tree = ast.parse(path.read_text(), feature_version=(3, 9))
+    nodes = list(ast.walk(tree))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    foreign = {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert {name for name in foreign if not name.startswith("fofa_deploy.runner.")} <= {"numpy", "onnxruntime", "openvino"}
+    assert {path.name for path in SOURCES} == {"__init__.py", *RUNNER}
 
 
 # --- devices that cannot do it
