@@ -11,7 +11,7 @@ from fofa_deploy.errors import StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.measure import Candidate
 from fofa_deploy.results import LayerCost, Peaks
-from fofa_deploy.roofline import costs, peaks, work
+from fofa_deploy.roofline import costs, least_ms, peaks, work
 from fofa_deploy.types import Artifact, Frozen, HardwareProfile
 
 RUNS = 20
@@ -29,7 +29,7 @@ class LayersFound(Frozen):
 
     layers: tuple[LayerCost, ...] = ()
     peaks: Peaks | None = None
-    least_ms: float = 0.0
+    least_ms: float | None = None
 
 
 def layers_of(candidate: Candidate, graph: Path, p50: float, seconds: float) -> dict[str, object]:
@@ -40,8 +40,8 @@ def layers_of(candidate: Candidate, graph: Path, p50: float, seconds: float) -> 
         found = run_isolated("fofa_deploy.layers:layers", request, LayersFound, seconds=seconds)
     except (StageError, UserError, UnavailableError):
         return {}
-    known = found.least_ms and candidate.batch == 1
-    return {"layers": found.layers, "peaks": found.peaks, "of_limit": found.least_ms / p50 if known else None}
+    share = found.least_ms / p50 if found.least_ms and candidate.batch == 1 else None
+    return {"layers": found.layers, "peaks": found.peaks, "of_limit": share}
 
 
 def layers(request: LayersRequest) -> LayersFound:
@@ -59,6 +59,6 @@ def layers(request: LayersRequest) -> LayersFound:
     times = tuple(backend.layer_times(artifact, request.profile, feeds, RUNS))
     # Limits are measured on the CPU, and say nothing about another kind of device.
     limits = peaks(request.profile.execution.thread_count) if request.profile.device.kind == "cpu" else None
-    found = costs(times, work(request.graph), limits)
-    least = sum(layer.ms * layer.of_limit for layer in found if layer.of_limit is not None)
-    return LayersFound(layers=tuple(sorted(found, key=lambda layer: -layer.ms)), peaks=limits, least_ms=least)
+    nodes = work(request.graph)
+    found = tuple(sorted(costs(times, nodes, limits), key=lambda layer: -layer.ms))
+    return LayersFound(layers=found, peaks=limits, least_ms=least_ms(found, nodes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -29,6 +29,10 @@ SIDE = 1024
 """Of the matrices by which peaks are measured: large enough to leave the overheads behind, small enough to be quick."""
 COPY_BYTES = 128 << 20
 REPEATS = 5
+PRODUCTS = ("Conv", "Gemm", "MatMul")
+FUSED = ("Add", "BatchNormalization", "Clip", "HardSigmoid", "HardSwish", "LeakyRelu", "Mul", "Relu", "Sigmoid", "Tanh")
+COVERED = 0.9
+"""Share of all multiplications that must be found among the layers before the whole artifact is compared with a limit."""
 
 
 class Work(Frozen):
@@ -36,6 +40,8 @@ class Work(Frozen):
 
     macs: int
     elements: int
+    carriers: tuple[str, ...] = ()
+    """Tensors that hold its result, through what runtimes fuse with it; some name the fused kernel after the last of them."""
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
@@ -48,7 +54,20 @@ def work(path: Path, batch: int = 1) -> dict[str, Work]:
         value.type.tensor_type.shape.dim[0].dim_value = batch
     shapes = _shapes(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
     found = {node.name: _work(node, shapes) for node in model.graph.node}
-    return {name: cost for name, cost in found.items() if cost}
+    carriers = _carriers(model.graph)
+    return {name: cost.model_copy(update={"carriers": carriers[name]}) for name, cost in found.items() if cost}
+
+
+def _carriers(graph: onnx.GraphProto) -> dict[str, tuple[str, ...]]:
+    """Per product, its output and those of the element-wise operators behind it."""
+    origin: dict[str, str] = {}
+    for node in graph.node:
+        sources = [origin[name] for name in node.input if name in origin]
+        if node.op_type in PRODUCTS:
+            origin[node.output[0]] = node.name
+        elif node.op_type in FUSED and sources:
+            origin[node.output[0]] = sources[-1]
+    return {name: tuple(tensor for tensor, source in origin.items() if source == name) for name in set(origin.values())}
 
 
 def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
@@ -61,7 +80,7 @@ def _shapes(graph: onnx.GraphProto) -> dict[str, tuple[int, ...]]:
 
 def _work(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> Work | None:
     names = [*node.input[:2], node.output[0]]
-    if node.op_type not in ("Conv", "Gemm", "MatMul") or any(name not in shapes for name in names):
+    if node.op_type not in PRODUCTS or any(name not in shapes for name in names):
         return None
     left, right, out = (shapes[name] for name in names)
     if node.op_type == "Conv":
@@ -183,13 +202,24 @@ def _bandwidth(threads: int) -> PositiveFloat:
 def costs(times: tuple[LayerTime, ...], nodes: Mapping[str, Work], limits: Peaks | None) -> tuple[LayerCost, ...]:
     """Each layer with its graph node's work and the least it could take, as far as both are known."""
     total = sum(layer.ms for layer in times)
-    return tuple(_cost(layer, _node_of(layer.name, nodes), nodes, limits, total) for layer in times)
+    return tuple(_cost(layer, _node_of(layer, nodes), nodes, limits, total) for layer in times)
 
 
-def _node_of(layer: str, nodes: Mapping[str, Work]) -> str | None:
-    """The graph node that a runtime's layer came from: runtimes append to its name, and never the other way round."""
-    fitting = [name for name in nodes if layer == name or layer.startswith((f"{name}/", f"{name}_token_"))]
-    return max(fitting, key=len, default=None)
+def least_ms(layers: Sequence[LayerCost], nodes: Mapping[str, Work]) -> float | None:
+    """Least time of all products together; None where too few of them were found among the layers."""
+    covered = sum(layer.macs for layer in layers if layer.macs)
+    if not layers or covered < COVERED * sum(node.macs for node in nodes.values()):
+        return None
+    return sum(layer.ms * layer.of_limit for layer in layers if layer.of_limit is not None)
+
+
+def _node_of(layer: LayerTime, nodes: Mapping[str, Work]) -> str | None:
+    """The graph node that a runtime's product came from: runtimes append to its name, or take that of what carries its result."""
+    if not any(word in layer.operator for word in (*PRODUCTS, "FullyConnected")):
+        return None
+    fitting = [name for name in nodes if layer.name == name or layer.name.startswith((f"{name}/", f"{name}_token_"))]
+    carried = [name for name, node in nodes.items() if layer.name.removesuffix("_nchwc") in node.carriers]
+    return max(fitting or carried, key=len, default=None)
 
 
 def _cost(layer: LayerTime, node: str | None, nodes: Mapping[str, Work], limits: Peaks | None, total: float) -> LayerCost:

@@ -10,7 +10,7 @@ import pytest
 
 from fofa_deploy import roofline
 from fofa_deploy.results import Peaks
-from fofa_deploy.roofline import Work, costs, peaks, work
+from fofa_deploy.roofline import Work, costs, least_ms, peaks, work
 from fofa_deploy.types import LayerTime
 
 LIMITS = Peaks(gops={"fp32": 100, "int8": 400}, gbps=10, threads=1, measured_at="", fingerprint="")
@@ -42,10 +42,20 @@ def graph(tmp_path):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_work_is_what_one_counts_by_hand(graph, batch):
     assert work(graph, batch) == {
-        "depthwise": Work(macs=batch * 8 * 16 * 16 * 9, elements=2 * batch * 8 * 16 * 16 + 72),
-        "strided": Work(macs=batch * 4 * 8 * 8 * 32, elements=batch * (8 * 16 * 16 + 4 * 8 * 8) + 128),
-        "head": Work(macs=batch * 10 * 256, elements=batch * (256 + 10) + 2560),
+        "depthwise": Work(macs=batch * 8 * 16 * 16 * 9, elements=2 * batch * 8 * 16 * 16 + 72, carriers=("a",)),
+        "strided": Work(macs=batch * 4 * 8 * 8 * 32, elements=batch * (8 * 16 * 16 + 4 * 8 * 8) + 128, carriers=("b", "c")),
+        "head": Work(macs=batch * 10 * 256, elements=batch * (256 + 10) + 2560, carriers=("y",)),
     }
+
+
+def test_a_kernel_named_after_its_result_is_found_and_the_whole_needs_nearly_all(graph):
+    nodes = work(graph)
+    names = {"depthwise": "Conv", "c_nchwc": "FusedConv", "head/WithoutBiases": "FullyConnected", "c": "Reorder"}
+    times = tuple(LayerTime(name=name, operator=operator, precision="fp32", ms=1) for name, operator in names.items())
+    found = costs(times, nodes, LIMITS)
+    assert [layer.macs for layer in found] == [nodes["depthwise"].macs, nodes["strided"].macs, nodes["head"].macs, None]
+    assert least_ms(found, nodes) == pytest.approx(sum(layer.of_limit for layer in found[:3]))
+    assert least_ms(found[:1], nodes) is None
 
 
 def test_a_product_of_two_tensors_counts_its_depth(tmp_path):
@@ -54,7 +64,9 @@ def test_a_product_of_two_tensors_counts_its_depth(tmp_path):
         onnx.helper.make_node("MatMul", ["x", "t"], ["p"], "scores"),
         onnx.helper.make_node("Flatten", ["p"], ["y"], "flatten"),
     ]
-    assert work(save(tmp_path / "m.onnx", nodes, (5, 7), {})) == {"scores": Work(macs=5 * 5 * 7, elements=35 + 35 + 25)}
+    assert work(save(tmp_path / "m.onnx", nodes, (5, 7), {})) == {
+        "scores": Work(macs=5 * 5 * 7, elements=35 + 35 + 25, carriers=("p",))
+    }
 
 
 def test_the_slower_of_arithmetic_and_memory_is_the_limit():
