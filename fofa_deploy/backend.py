@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from fofa_deploy.errors import BackendError
-from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Precision, Probe, Recipe
+from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, LayerTime, Precision, Probe, Recipe
 
 GROUP = "fofa_deploy.backends"
 
@@ -66,6 +66,19 @@ class Backend(Protocol):
 
         Raises:
             BackendError: the runtime or the device is missing, or another device than the one asked for was bound.
+        """
+        ...
+
+
+@runtime_checkable
+class LayerProfiler(Protocol):
+    """A back end whose runtime can tell what each layer takes. Profiling slows a run down: these times are shares, not latency."""
+
+    def layer_times(self, artifact: Artifact, profile: HardwareProfile, feeds: Feeds, runs: int) -> Sequence[LayerTime]:
+        """The layers of an artifact in the order in which they run, with the mean of ``runs`` warm runs.
+
+        Raises:
+            BackendError: the runtime or the device is missing.
         """
         ...
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fofa_deploy import environment
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import FofaError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.profile import installed_profiles
-from fofa_deploy.types import Frozen, HardwareProfile, Probe
+from fofa_deploy.types import Frozen, Graph, HardwareProfile, Probe, Recipe
 
 SECONDS = 120.0
 
@@ -50,3 +52,24 @@ def diagnose() -> list[Diagnosis]:
             silent = Probe(can_build=False, can_run=False, reason=error.message.splitlines()[0])
             found += [Diagnosis(profile=profile.name, runtime=runtime, probe=silent) for profile in mine]
     return found
+
+
+class OfferRequest(Frozen):
+    graph: Path
+    profile: HardwareProfile
+
+
+class Offer(Frozen):
+    """What a back end makes of a profile and a graph, here and now."""
+
+    probe: Probe
+    recipes: tuple[Recipe, ...]
+
+
+def offer(request: OfferRequest) -> Offer:
+    """Runs in a child process."""
+    found = probe(request.profile)
+    if not found.can_build:
+        return Offer(probe=found, recipes=())
+    recipes = get_backend(request.profile.runtime).recipes(request.profile, Graph.load(request.graph))
+    return Offer(probe=found, recipes=tuple(r for r in recipes if r.precision in request.profile.precisions))

@@ -15,6 +15,9 @@ from fofa_deploy.verify import Verification
 FLOAT_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
 """Largest relative L2 error of a float artifact on the golden inputs; int8 is judged by accuracy alone."""
 
+ELSEWHERE = 2.0
+"""How many times its error here an int8 artifact may have on another device, whose kernels round otherwise."""
+
 
 def precision_problem(artifact: Artifact) -> str:
     """Why the runtime's layer table contradicts the recipe: most layers with weights must run in what was asked for."""
@@ -41,6 +44,19 @@ def accuracy_problem(precision: Precision, found: Verification, budget: Accuracy
     if found.whole.top1 is None or expected_top1 is None:
         return _agreement_problem(found.whole, budget)
     return _top1_problem(found.whole.top1, expected_top1, budget)
+
+
+def elsewhere_problem(precision: Precision, there: Comparison, here: Comparison | None, budget: AccuracyPlan) -> str:
+    """Why an artifact misbehaves on another device, where it sees the golden inputs alone.
+
+    An int8 artifact that passed here need not be exact there, only as good: its few golden inputs are no accuracy test.
+    """
+    if precision in FLOAT_TOLERANCE or here is None or here.relative_error is None or not there.finite:
+        return accuracy_problem(precision, Verification(golden=there), budget, None)
+    limit = ELSEWHERE * here.relative_error + FLOAT_TOLERANCE[Precision.FP32]
+    if not (there.relative_error is not None and there.relative_error <= limit):
+        return f"relative error {there.relative_error} on the golden inputs there, {here.relative_error:.2g} here"
+    return ""
 
 
 def _agreement_problem(found: Comparison, budget: AccuracyPlan) -> str:

@@ -5,11 +5,7 @@ Two figures of one `measure` call may be compared; figures of two calls may not.
 
 from __future__ import annotations
 
-import gc
-import math
 import random
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,9 +22,14 @@ from fofa_deploy.errors import FofaError
 from fofa_deploy.isolate import Child
 from fofa_deploy.progress import Progress
 from fofa_deploy.results import Latency, Measurement
+from fofa_deploy.runner import timing
+from fofa_deploy.runner.energy import Meter
+from fofa_deploy.runner.machine import peak_rss_bytes
+from fofa_deploy.runner.timing import runs_for
 from fofa_deploy.types import Artifact, Frozen, HardwareProfile
 
-BLOCK_SECONDS = 0.05
+__all__ = ["Candidate", "Runner", "measure", "peak_rss_bytes", "runs_for", "summarize"]
+
 SETTLE_RUNS = 2
 """Unmeasured runs at the start of a block: the caches belonged to another candidate."""
 
@@ -56,45 +57,32 @@ class Runner:
             images = np.resize(arrays["images"], (request.batch, *arrays["images"].shape[1:]))
         self._feeds = {sidecar.input.name: np.ascontiguousarray(images)}
         self._output = sidecar.output.name
+        opened = time.perf_counter_ns()
         self._session = get_backend(self._artifact.backend).load(self._artifact, request.profile).__enter__()
-        self.block(1)
+        self._load_ms = (time.perf_counter_ns() - opened) / 1e6
+        self._meter = Meter()
+        self._first_run_ms = self.block(1)[0] / 1e6
         self._cold_ms = (time.perf_counter_ns() - started) / 1e6
+        self._meter.clear()
 
     def block(self, runs: int) -> list[int]:
-        """Nanoseconds of each of ``runs`` runs; garbage collection waits, and every output is touched."""
-        session, feeds, output = self._session, self._feeds, self._output
-        times = []
-        gc.disable()
-        try:
-            for _ in range(runs):
-                started = time.perf_counter_ns()
-                result = session.run(feeds)[output]
-                result.item(0)
-                times.append(time.perf_counter_ns() - started)
-        finally:
-            gc.enable()
-        return times
+        """Nanoseconds of each of ``runs`` runs; every output is touched."""
+        with self._meter.over(runs):
+            return timing.timed(self._run, runs)
+
+    def _run(self) -> None:
+        self._session.run(self._feeds)[self._output].item(0)
 
     def describe(self) -> dict[str, Any]:
         return {
             "device": self._session.device,
             "cold_start_ms": self._cold_ms,
+            "load_ms": self._load_ms,
+            "first_run_ms": self._first_run_ms,
             "peak_rss_bytes": peak_rss_bytes(),
             "artifact_sha256": self._artifact.sha256,
+            **self._meter.found(),
         }
-
-
-def peak_rss_bytes() -> int:
-    """High-water mark of this process' resident memory.
-
-    From VmHWM where there is one: ru_maxrss survives exec, and would tell the parent's peak.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @dataclass
@@ -113,16 +101,10 @@ class _Entrant:
 
     @property
     def block_runs(self) -> int:
-        return max(1, min(100, round(BLOCK_SECONDS * 1e9 / max(float(np.median(self.times)), 1.0))))
+        return timing.block_runs(self.times)
 
     def done(self, plan: MeasurePlan) -> bool:
-        seconds = sum(self.times) / 1e9
-        return (seconds >= plan.seconds and len(self.times) >= runs_for(0.99)) or seconds >= plan.max_seconds
-
-
-def runs_for(quantile: float) -> int:
-    """Runs that a percentile needs: with this many, one lies above it with 99.87 % certainty (binomial, three sigma)."""
-    return math.ceil(math.log(0.0013) / math.log(quantile))
+        return timing.enough(self.times, plan.seconds, plan.max_seconds)
 
 
 def measure(
@@ -176,8 +158,18 @@ def _race(
 
 
 def _summary(entrant: _Entrant) -> Measurement:
-    ms = np.asarray(entrant.times, np.float64) / 1e6
-    execution, batch = entrant.candidate.profile.execution, entrant.candidate.batch
+    candidate = entrant.candidate
+    described = entrant.child.call("describe")
+    described |= {
+        "threads": candidate.profile.execution.thread_count,
+        "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return summarize(entrant.times, batch=candidate.batch, warmup_runs=entrant.warmup, **described)
+
+
+def summarize(times: Sequence[int], *, batch: int, **described: Any) -> Measurement:  # noqa: ANN401 - fields of a measurement
+    """The measurement that a sample of nanoseconds per run carries, with a warning where the machine was noisy."""
+    ms = np.asarray(times, np.float64) / 1e6
     variation = float(ms.std() / ms.mean())
     noisy = (f"noisy machine: the runs vary by {variation:.0%}",) if variation > NOISY else ()
     return Measurement(
@@ -186,12 +178,8 @@ def _summary(entrant: _Entrant) -> Measurement:
         throughput_sps=1e3 * batch / float(ms.mean()),
         variation=variation,
         runs=len(ms),
-        warmup_runs=entrant.warmup,
-        threads=execution.thread_count,
-        energy_reason="energy is not measured by this version",
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         warnings=noisy,
-        **entrant.child.call("describe"),
+        **described,
     )
 
 

@@ -26,6 +26,7 @@ from fofa_deploy.measure import Candidate
 from fofa_deploy.models import code_identity, find_model
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Progress, Quiet
+from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
 from fofa_deploy.store import Store, write_atomic
@@ -216,7 +217,7 @@ class Run:
     def targets(self) -> tuple[list[TargetRow], TargetRow | None]:
         """One row per target and recipe; and the reference's row, with what it took beside the first target."""
         tuner = self.tuner()
-        rows = [row for profile in self.profiles for row in tuner.tune(profile)]
+        rows = [row for profile in self.profiles for row in profile_on(places(profile), tuner, profile)]
         if self.reference is None:
             return rows, None
         return rows, self.reference[0].model_copy(update=tuner.reference_timings)

@@ -47,6 +47,10 @@ class Environment(Frozen):
     python: str
     versions: dict[str, str]
     fingerprint: str = Field(description="digest of what makes two measurements comparable")
+    affinity: tuple[int, ...] = Field(default=(), description="the cores this process may use")
+    clock_mhz: float | None = Field(default=None, description="of the first core, when it was asked")
+    temperature_c: float | None = Field(default=None, description="of the hottest thermal zone")
+    power_mode: str | None = Field(default=None, description="nvpmodel on Jetson, the firmware's platform profile elsewhere")
 
 
 class Measurement(Frozen):
@@ -59,6 +63,8 @@ class Measurement(Frozen):
     runs: PositiveInt
     warmup_runs: NonNegativeInt
     cold_start_ms: float = Field(description="load and first run, in a fresh process")
+    load_ms: float | None = Field(default=None, description="the part of it in which the runtime opens its session")
+    first_run_ms: float | None = None
     peak_rss_bytes: PositiveInt = Field(description="of the whole process that holds the session")
     energy_mj: float | None = None
     energy_reason: str = ""
@@ -67,6 +73,30 @@ class Measurement(Frozen):
     artifact_sha256: str
     measured_at: str
     warnings: tuple[str, ...] = ()
+
+
+class LayerCost(Frozen):
+    """One layer as its runtime timed it, beside what the graph says it has to do; None where the two cannot be joined."""
+
+    name: str
+    operator: str
+    precision: str
+    ms: float = Field(description="by the runtime's own profiler, which slows it down: to be read as a share")
+    share: Fraction = Field(description="of all layers' time")
+    macs: int | None = None
+    bytes: int | None = None
+    of_limit: float | None = Field(default=None, description="least possible time over this one, by the roofline")
+
+
+class Peaks(Frozen):
+    """A machine's limits, measured."""
+
+    gops: dict[str, PositiveFloat] = Field(description="10^9 operations per second by precision; a multiply-accumulate is two")
+    gbps: PositiveFloat = Field(description="GB/s of copying, reads and writes both counted")
+    threads: PositiveInt
+    busy: bool = Field(default=False, description="others were at work: too low, and measured again the next time")
+    measured_at: str
+    fingerprint: str
 
 
 class TargetRow(Frozen):
@@ -93,7 +123,12 @@ class TargetRow(Frozen):
     peak_rss_bytes: int | None = None
     cold_start_ms: float | None = None
     measurement: Measurement | None = None
-    other_batches: tuple[Measurement, ...] = Field(default=(), description="the chosen artifact at the profile's other batch sizes")
+    other_batches: tuple[Measurement, ...] = Field(
+        default=(), description="the chosen artifact at other batch sizes and numbers of threads"
+    )
+    layers: tuple[LayerCost, ...] = Field(default=(), description="of the chosen artifact, the slowest first")
+    peaks: Peaks | None = None
+    of_limit: float | None = Field(default=None, description="least possible time of all known products over the median latency")
     speedup: float | None = Field(default=None, description="p50 of the reference over this one's, interleaved in one run")
     environment: Environment | None = None
     artifact: str | None = Field(default=None, description="folder, relative to the run directory")

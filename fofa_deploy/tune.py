@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,16 @@ import numpy as np
 from fofa_deploy import environment
 from fofa_deploy.backend import get_backend
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
-from fofa_deploy.diagnosis import probe
+from fofa_deploy.diagnosis import Offer, OfferRequest
 from fofa_deploy.errors import DataError, FofaError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.judge import accuracy_problem, budget_problem, precision_problem
+from fofa_deploy.layers import layers_of
 from fofa_deploy.measure import Candidate, measure
 from fofa_deploy.metrics import topk
 from fofa_deploy.progress import Progress
-from fofa_deploy.results import Measurement, TargetRow
+from fofa_deploy.results import Environment, Measurement, TargetRow
+from fofa_deploy.serving import write_example
 from fofa_deploy.store import Store
 from fofa_deploy.types import Artifact, Budget, Calibration, Frozen, Graph, HardwareProfile, Probe, Recipe, Status
 from fofa_deploy.verify import Verification, VerifyRequest
@@ -37,27 +39,6 @@ class BuildRequest(Frozen):
     out: Path
 
 
-class OfferRequest(Frozen):
-    graph: Path
-    profile: HardwareProfile
-
-
-class Offer(Frozen):
-    """What a back end makes of a profile and a graph, here and now."""
-
-    probe: Probe
-    recipes: tuple[Recipe, ...]
-
-
-def offer(request: OfferRequest) -> Offer:
-    """Runs in a child process."""
-    found = probe(request.profile)
-    if not found.can_build:
-        return Offer(probe=found, recipes=())
-    recipes = get_backend(request.profile.runtime).recipes(request.profile, Graph.load(request.graph))
-    return Offer(probe=found, recipes=tuple(r for r in recipes if r.precision in request.profile.precisions))
-
-
 class Built(Frozen):
     """All that has to come back from the child: the rest is on disk, and is digested when it is read."""
 
@@ -67,7 +48,9 @@ class Built(Frozen):
 def build(request: BuildRequest) -> Built:
     """Runs in a child process."""
     backend = get_backend(request.profile.runtime)
-    return Built(sha256=backend.build(Graph.load(request.graph), request.recipe, request.calibration, request.out).sha256)
+    artifact = backend.build(Graph.load(request.graph), request.recipe, request.calibration, request.out)
+    write_example(artifact)
+    return Built(sha256=artifact.sha256)
 
 
 @dataclass(frozen=True)
@@ -100,6 +83,15 @@ class Settings:
     """Verify again what has been verified before."""
     build: bool = True
     """False: only what has been built before, as it is."""
+    batches: tuple[int, ...] = ()
+    """Batch sizes to measure, instead of the profile's."""
+    threads: tuple[int, ...] = ()
+    """Numbers of threads to measure, instead of the profile's."""
+
+    def lines(self, profile: HardwareProfile) -> list[tuple[int, int]]:
+        """Every (batch size, threads) to measure; recipes are chosen by the first."""
+        own = profile.execution
+        return [(batch, count) for count in self.threads or (own.threads,) for batch in self.batches or own.batch_sizes]
 
 
 class Tuner:
@@ -121,8 +113,8 @@ class Tuner:
         progress: Progress,
         reference: Candidate | None = None,
     ) -> None:
-        self._store, self._folder, self._evidence, self._settings = store, graph, evidence, settings
-        self._progress, self._reference = progress, reference
+        self._store, self._folder, self._evidence, self.settings = store, graph, evidence, settings
+        self.root, self.progress, self._reference = store.root, progress, reference
         self._graph = Graph.load(graph)
         self._calibration = calibration
         self.reference_timings: dict[str, object] = {}  # of the first race
@@ -140,21 +132,21 @@ class Tuner:
             return [self._row(profile, None, Status.SKIPPED, error.message)]
         if not offered.probe.can_build:
             return [self._row(profile, None, Status.SKIPPED, offered.probe.reason)]
-        recipes = [r for r in offered.recipes if self._settings.recipe in (None, r.name)]
+        recipes = [r for r in offered.recipes if self.settings.recipe in (None, r.name)]
         if not recipes:
             names = ", ".join(r.name for r in offered.recipes) or "none"
-            wanted = f"is named {self._settings.recipe!r}" if self._settings.recipe else "fits the profile's precisions"
+            wanted = f"is named {self.settings.recipe!r}" if self.settings.recipe else "fits the profile's precisions"
             return [self._row(profile, None, Status.SKIPPED, f"no recipe {wanted}; offered: {names}")]
         return [self._try(profile, recipe, offered.probe) for recipe in recipes]
 
     def _offer(self, profile: HardwareProfile) -> Offer:
         request = OfferRequest(graph=self._folder, profile=profile)
-        return run_isolated("fofa_deploy.tune:offer", request, Offer, seconds=self._settings.limits.build_seconds)
+        return run_isolated("fofa_deploy.diagnosis:offer", request, Offer, seconds=self.settings.limits.build_seconds)
 
     # --- one recipe -------------------------------------------------------------------------------------------
 
     def _try(self, profile: HardwareProfile, recipe: Recipe, probe: Probe) -> TargetRow:
-        self._progress.say(f"{profile.name}: {recipe.name}")
+        self.progress.say(f"{profile.name}: {recipe.name}")
         try:
             artifact = self._build(profile, recipe, probe)
             if problem := precision_problem(artifact):
@@ -164,13 +156,13 @@ class Tuner:
             found = self._verify(profile, artifact, "validation")
         except (StageError, UserError, UnavailableError) as error:
             return self._row(profile, recipe, Status.FAILED, _first_line(error))
-        reason = accuracy_problem(recipe.precision, found, self._settings.accuracy, self._expected_top1)
+        reason = accuracy_problem(recipe.precision, found, self.settings.accuracy, self._expected_top1)
         status = Status.REJECTED if reason else Status.VERIFIED
         return self._row(profile, recipe, status, reason or "inside the accuracy budget", artifact, found)
 
     def _build(self, profile: HardwareProfile, recipe: Recipe, probe: Probe) -> Artifact:
         stage = f"artifacts/{profile.name}/{recipe.name}"
-        if not self._settings.build:
+        if not self.settings.build:
             return Artifact.load(self._built(stage))
         calibration = self._calibrated(recipe)
         inputs = {
@@ -185,7 +177,7 @@ class Tuner:
 
         def work(out: Path) -> None:
             request = BuildRequest(graph=self._folder, profile=profile, recipe=recipe, calibration=calibration, out=out)
-            limits = self._settings.limits
+            limits = self.settings.limits
             run_isolated("fofa_deploy.tune:build", request, Built, seconds=limits.build_seconds, memory_bytes=limits.memory_bytes)
 
         return Artifact.load(self._store.run(stage, inputs, work))
@@ -224,7 +216,7 @@ class Tuner:
             "machine": environment.describe().fingerprint,
         }
 
-        if self._settings.fresh:
+        if self.settings.fresh:
             return self._run_verify(request)
 
         def work(out: Path) -> None:
@@ -234,7 +226,7 @@ class Tuner:
         return Verification.model_validate_json((self._store.run(stage, inputs, work) / "verification.json").read_bytes())
 
     def _run_verify(self, request: VerifyRequest) -> Verification:
-        limits = self._settings.limits
+        limits = self.settings.limits
         child = "fofa_deploy.verify:verify"
         return run_isolated(child, request, Verification, seconds=limits.run_seconds, memory_bytes=limits.memory_bytes)
 
@@ -245,50 +237,68 @@ class Tuner:
         runnable = [row for row in rows if row.status is Status.VERIFIED]
         if not runnable:
             return list(rows)
-        candidates = [self.candidate(profile, row, profile.execution.batch_sizes[0]) for row in runnable]
+        first = self.settings.lines(profile)[0]
+        candidates = [self.candidate(profile, row, *first) for row in runnable]
         reference = self._reference_candidate(profile)
         everyone = [*candidates, *([reference] if reference else [])]
-        settings = self._settings
-        found = measure(everyone, settings.measure, settings.limits, settings.seed, self._progress)
+        settings = self.settings
+        found = measure(everyone, settings.measure, settings.limits, settings.seed, self.progress)
         base = found.pop() if reference else None
         if isinstance(base, Measurement):
-            self.reference_timings = self.reference_timings or _timings(base)
+            self.reference_timings = self.reference_timings or timings(base, environment.describe())
         timed = {row.recipe: self._timed(row, m, base) for row, m in zip(runnable, found, strict=True)}
         return [timed.get(row.recipe, row) for row in rows]
 
-    def candidate(self, profile: HardwareProfile, row: TargetRow, batch: int = 1) -> Candidate:
-        """What to measure of a row that has an artifact."""
+    def candidate(self, profile: HardwareProfile, row: TargetRow, batch: int = 1, threads: int | None = None) -> Candidate:
+        """What to measure of a row that has an artifact; with the profile's threads if not with others."""
         assert row.artifact
-        return Candidate(artifact=self._store.root / row.artifact, profile=profile, golden=self._evidence.golden, batch=batch)
+        folder, golden = self.root / row.artifact, self._evidence.golden
+        return Candidate(artifact=folder, profile=with_threads(profile, threads), golden=golden, batch=batch)
+
+    def sweep(self, batches: tuple[int, ...], threads: tuple[int, ...]) -> None:
+        """Measure at these batch sizes and numbers of threads instead of the profiles' own; none = those."""
+        self.settings = replace(self.settings, batches=batches, threads=threads)
 
     def _reference_candidate(self, profile: HardwareProfile) -> Candidate | None:
         """The model to beat, with this target's threads and batch size."""
         if self._reference is None:
             return None
+        batch, threads = self.settings.lines(profile)[0]
         same = self._reference.profile.model_copy(update={"execution": profile.execution})
-        return self._reference.model_copy(update={"profile": same, "batch": profile.execution.batch_sizes[0]})
+        return self._reference.model_copy(update={"profile": with_threads(same, threads), "batch": batch})
 
     def _timed(self, row: TargetRow, found: Measurement | FofaError, base: Measurement | FofaError | None) -> TargetRow:
         if isinstance(found, FofaError):
             return row.model_copy(update={"status": Status.FAILED, "reason": _first_line(found)})
         speedup = base.latency_ms.p50 / found.latency_ms.p50 if isinstance(base, Measurement) else None
-        return row.model_copy(update={**_timings(found), "speedup": speedup})
+        return row.model_copy(update={**timings(found, environment.describe()), "speedup": speedup})
 
     def _finish(self, profile: HardwareProfile, rows: Sequence[TargetRow]) -> list[TargetRow]:
-        """Reject what misses the profile's or the plan's budget, then mark the fastest that is left and read the test split."""
+        """Of the chosen row, the other batch sizes and the accuracy on the test split, too."""
+        return [self._finished(profile, row) if row.chosen else row for row in self.choose(profile, rows)]
+
+    def choose(self, profile: HardwareProfile, rows: Sequence[TargetRow]) -> list[TargetRow]:
+        """Reject what misses the profile's or the plan's budget, then mark the fastest that is left."""
         judged = [self._inside_budget(profile, row) for row in rows]
         best = min((r for r in judged if r.status is Status.VERIFIED and r.latency_ms), key=_p50, default=None)
         if best is None:
             return judged
-        others, problems = self._sweep(profile, best)
-        facts = {"chosen": True, "reason": "; ".join([_why(best, judged), *problems]), "other_batches": others}
-        chosen = self.tested(profile, best).model_copy(update=facts)
-        return [chosen if row.recipe == best.recipe else row for row in judged]
+        chosen = best.model_copy(update={"chosen": True, "reason": _why(best, judged)})
+        return [chosen if row is best else row for row in judged]
+
+    def _finished(self, profile: HardwareProfile, row: TargetRow) -> TargetRow:
+        others, problems = self._sweep(profile, row)
+        facts = {"reason": "; ".join([row.reason, *problems]), "other_batches": others}
+        return self.tested(profile, row).model_copy(update=facts | self._layers(profile, row))
+
+    def _layers(self, profile: HardwareProfile, row: TargetRow) -> dict[str, object]:
+        candidate = self.candidate(profile, row, *self.settings.lines(profile)[0])
+        return layers_of(candidate, self._graph.path, _p50(row), self.settings.limits.run_seconds)
 
     def _inside_budget(self, profile: HardwareProfile, row: TargetRow) -> TargetRow:
         if row.status is not Status.VERIFIED or row.measurement is None:
             return row
-        for budget, owner in ((profile.budget, "profile"), (self._settings.budget, "plan")):
+        for budget, owner in ((profile.budget, "profile"), (self.settings.budget, "plan")):
             if problem := budget_problem(row, budget):
                 return row.model_copy(update={"status": Status.REJECTED, "reason": f"{problem} ({owner})"})
         return row
@@ -301,12 +311,12 @@ class Tuner:
         return row.model_copy(update={"top1": found.top1, "top5": found.top5, "agreement": found.agreement}) if found else row
 
     def _sweep(self, profile: HardwareProfile, row: TargetRow) -> tuple[tuple[Measurement, ...], list[str]]:
-        """The chosen artifact at the profile's other batch sizes, and why some of them failed."""
-        settings = self._settings
-        candidates = [self.candidate(profile, row, batch) for batch in profile.execution.batch_sizes[1:]]
-        found = measure(candidates, settings.measure, settings.limits, settings.seed, self._progress) if candidates else []
+        """The chosen artifact at the other batch sizes and numbers of threads, and why some of them failed."""
+        settings = self.settings
+        candidates = [self.candidate(profile, row, *line) for line in settings.lines(profile)[1:]]
+        found = measure(candidates, settings.measure, settings.limits, settings.seed, self.progress) if candidates else []
         problems = [
-            f"batch {candidate.batch}: {_first_line(result)}"
+            f"batch {candidate.batch}, {candidate.profile.execution.thread_count} threads: {_first_line(result)}"
             for candidate, result in zip(candidates, found, strict=True)
             if isinstance(result, FofaError)
         ]
@@ -345,7 +355,7 @@ class Tuner:
         )
 
 
-def _timings(found: Measurement) -> dict[str, object]:
+def timings(found: Measurement, where: Environment) -> dict[str, object]:
     """A measurement as the fields of a row."""
     return {
         "measurement": found,
@@ -353,8 +363,14 @@ def _timings(found: Measurement) -> dict[str, object]:
         "throughput_sps": found.throughput_sps,
         "peak_rss_bytes": found.peak_rss_bytes,
         "cold_start_ms": found.cold_start_ms,
-        "environment": environment.describe(),
+        "environment": where,
     }
+
+
+def with_threads(profile: HardwareProfile, threads: int | None) -> HardwareProfile:
+    if threads is None:
+        return profile
+    return profile.model_copy(update={"execution": profile.execution.model_copy(update={"threads": threads})})
 
 
 def _why(best: TargetRow, rows: Sequence[TargetRow]) -> str:

@@ -22,6 +22,10 @@ Scalar = bool | int | float | str
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+HOST = r"^([A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9][A-Za-z0-9_.:-]*$"
+"""What ssh takes for a destination and no shell and no option parser takes for anything else."""
+
+
 class Frozen(BaseModel):
     """An immutable value with a closed set of fields and no NaN or infinity in it."""
 
@@ -61,7 +65,12 @@ class Device(Frozen):
     name: str = Field(default="CPU", description="the runtime's own name of the device, such as CPU, GPU.0, NPU")
     architecture: Literal["any", "x86_64", "aarch64"] = "any"
     features: tuple[str, ...] = Field(default=(), description="CPU flags that must be there, as /proc/cpuinfo spells them")
-    host: str | None = Field(default=None, description="user@host of the device; this machine when absent")
+    host: str | None = Field(default=None, pattern=HOST, description="user@host of the device; this machine when absent")
+    python: str = Field(
+        default="python3",
+        pattern=r"^[A-Za-z0-9_./][A-Za-z0-9_./+-]*$",
+        description="the interpreter there that has the runtime; a relative path begins at the home folder",
+    )
 
 
 class Execution(Frozen):
@@ -194,6 +203,15 @@ class Layer(Frozen):
     operator: str
     precision: str
     weighted: bool = Field(description="convolution or matrix product with constant weights, the layers that cost")
+
+
+class LayerTime(Frozen):
+    """What one layer takes, as the runtime's own profiler tells it; its names are those of the layer table where they can be."""
+
+    name: str
+    operator: str
+    precision: str
+    ms: float = Field(ge=0.0, description="mean over the profiled runs")
 
 
 class FileRecord(Frozen):

@@ -18,13 +18,16 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 
 # A part may import parts of the lines above its own, and itself. A package is one part.
 ORDER = """
-    errors mistakes progress
+    errors mistakes progress runner
     types schema isolate
     results backend profile
-    config store metrics
+    config store metrics serving
     environment verify measure data models
+    roofline
+    layers
     diagnosis judge inference report
     distill capture tune gate
+    remote
     adopt pipeline
     cli
 """
@@ -36,6 +39,7 @@ FRAMEWORKS = {"torch", "timm", "torchvision", "accelerate"}
 LAZY_TIMM = {"data"}  # timm.data opens data sets, inside one function
 RUNTIMES = {
     "_device": set(),
+    "_engine": {"onnx"},
     "_onnx": {"onnx", "onnxruntime"},
     "onnxruntime": {"onnx", "onnxruntime"},
     "openvino": {"openvino", "nncf"},

@@ -6,6 +6,7 @@ import pytest
 
 from fofa_deploy import environment
 from fofa_deploy.profile import find_profile
+from fofa_deploy.runner import machine
 
 
 def device(**facts):
@@ -33,14 +34,14 @@ def test_the_fingerprint_does_not_move_with_the_load(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("package_versions", lambda: {"onnxruntime": "0"}),
+        ("package_versions", lambda names: {"onnxruntime": "0"}),
         ("cpu_flags", lambda: frozenset({"avx512_vnni"})),
-        ("_cpuinfo", lambda key: "another CPU"),
+        ("_cpuinfo", lambda key: "another CPU" if key == "model name" else ""),
     ],
 )
 def test_the_fingerprint_moves_with_what_decides_a_kernel(monkeypatch, name, change):
     before = environment.describe().fingerprint
-    monkeypatch.setattr(environment, name, change)
+    monkeypatch.setattr(machine, name, change)
     assert environment.describe().fingerprint != before
 
 
@@ -61,6 +62,6 @@ def test_another_machine_says_why():
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="only Linux lists its CPU's flags in /proc/cpuinfo")
 def test_a_flag_that_is_there_is_no_mismatch():
-    flags = environment.cpu_flags()
+    flags = machine.cpu_flags()
     assert flags
     assert environment.mismatch(device(features=tuple(sorted(flags)[:3]))) == ""

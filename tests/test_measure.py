@@ -9,9 +9,12 @@ from tiny import build, write_graph
 from fofa_deploy import measure as module
 from fofa_deploy.config import LimitsPlan, MeasurePlan
 from fofa_deploy.errors import BackendError, ChildError, IntegrityError
-from fofa_deploy.measure import Candidate, Runner, _latency, measure, peak_rss_bytes, runs_for
+from fofa_deploy.measure import Candidate, Runner, _latency, measure
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
+from fofa_deploy.runner import timing
+from fofa_deploy.runner.machine import peak_rss_bytes
+from fofa_deploy.runner.timing import runs_for
 from fofa_deploy.types import Artifact
 
 PLAN = MeasurePlan(seconds=0.05, max_seconds=0.2, warmup_seconds=0.01, warmup_runs=10)
@@ -69,8 +72,8 @@ def test_two_candidates_get_a_figure_each_with_its_conditions(measured, candidat
         assert found.throughput_sps == pytest.approx(3e3 / latency.mean)
         assert found.warmup_runs >= 10
         assert found.threads == candidates[name].profile.execution.thread_count
-        assert found.energy_mj is None
         assert found.energy_reason
+        assert found.cold_start_ms > found.load_ms + found.first_run_ms > 0
 
 
 def test_the_slower_runtime_is_slower(measured):
@@ -89,7 +92,7 @@ def test_blocks_alternate_in_an_order_that_changes(candidates, monkeypatch):
 
     warm_up = 5
     monkeypatch.setattr(module.Child, "call", spy)
-    monkeypatch.setattr(module, "BLOCK_SECONDS", 0.002)
+    monkeypatch.setattr(timing, "BLOCK_SECONDS", 0.002)
     measure([candidates["reference"]] * 2, PLAN, LIMITS, 0, Quiet())
     rounds = [calls[i : i + 2] for i in range(0, 8, 2)]
     assert all(set(pair) == set(calls) for pair in rounds)

@@ -100,6 +100,32 @@ def test_tensorrt_is_built_and_says_why_it_did_not_run(finished):
         assert artifact.size_bytes > 1000
 
 
+def test_a_bundle_goes_out_and_its_results_come_back_into_the_record(finished, tmp_path):
+    import zipfile
+
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    chosen = ("--profile", "cpu-onnxruntime", "--recipe", "fp32")
+    done = fofa_deploy("bundle", out, *chosen, "--out", tmp_path / "b.zip", "--quiet")
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / "b.zip") as archive:
+        archive.extractall(tmp_path / "there")
+    subprocess.run([sys.executable, "run.py"], cwd=tmp_path / "there", check=True, timeout=120, capture_output=True)
+    results = tmp_path / "there" / "results.json"
+    done = fofa_deploy("profile", out, "--profile", "cpu-onnxruntime", "--import", results, "--quiet")
+    assert done.returncode == 0, done.stderr
+    (row,) = (row for row in read_report(out).targets if row.target.startswith("cpu-onnxruntime on "))
+    assert (row.status, row.recipe) == (Status.VERIFIED, "fp32")
+    assert row.golden.relative_error < 1e-3
+    assert row.target in (out / "report.html").read_text()
+    other = json.loads(results.read_text())
+    other["files"]["golden.npy"] = "0" * 64
+    results.write_text(json.dumps(other))
+    done = fofa_deploy("profile", out, "--profile", "cpu-onnxruntime", "--import", results, "--quiet")
+    assert done.returncode == 2
+    assert "golden.npy" in done.stderr
+
+
 def test_the_folder_is_the_whole_record(finished):
     out, report = finished
     for name in ("plan.json", "report.json", "report.md", "report.html", "model_card.md", "graph/model.onnx", "graph/sidecar.json"):

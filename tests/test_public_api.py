@@ -56,7 +56,7 @@ TYPES = {
     "Artifact": "backend recipe graph_sha256 files layers versions sidecar folder",
     "Budget": "p90_ms size_bytes peak_rss_bytes",
     "Calibration": "images preprocessing input_name",
-    "Device": "kind name architecture features host",
+    "Device": "kind name architecture features host python",
     "Execution": "threads batch_sizes spinning",
     "FileRecord": "path sha256 size_bytes",
     "Graph": "path sha256 sidecar",

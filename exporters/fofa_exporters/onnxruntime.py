@@ -7,6 +7,7 @@ seven-bit weights, and the runtime's exact u8 x u8 kernels.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from fofa_deploy.errors import BackendError, BuildError
-from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Layer, Precision, Probe, Recipe
+from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Layer, LayerTime, Precision, Probe, Recipe
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
 
@@ -96,14 +97,17 @@ class OnnxRuntimeBackend:
         return Artifact.of(out, main, backend=self.name, recipe=recipe, graph=graph, layers=layers, versions=versions())
 
     def load(self, artifact: Artifact, profile: HardwareProfile) -> OnnxRuntimeSession:
-        provider = PROVIDERS.get(profile.device.kind, "")
-        options = session_options(artifact.recipe)
-        options.intra_op_num_threads = profile.execution.thread_count
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(profile.execution.spinning)))
-        try:
-            return OnnxRuntimeSession(open_session(artifact.path, options, provider, profile.device.name))
-        except REFUSALS as error:
-            raise BackendError(f"onnxruntime cannot load {artifact.path}: {error}", "build the artifact again") from error
+        return OnnxRuntimeSession(_load(artifact, profile, session_options(artifact.recipe)))
+
+    def layer_times(self, artifact: Artifact, profile: HardwareProfile, feeds: Feeds, runs: int) -> tuple[LayerTime, ...]:
+        with TemporaryDirectory() as scratch:
+            options = session_options(artifact.recipe)
+            options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / "profile")
+            session = _load(artifact, profile, options)
+            for _ in range(1 + runs):
+                session.run(None, dict(feeds))
+            events = json.loads(Path(session.end_profiling()).read_bytes())
+        return _kernel_times(events, artifact.layers, runs)
 
 
 # --- recipes ------------------------------------------------------------------------------------------------------
@@ -222,6 +226,28 @@ def open_session(path: Path, options: Any, provider: str, device: str = "") -> A
     if session.get_providers()[0] != provider:
         raise BackendError(f"onnxruntime bound {session.get_providers()[0]} and not {provider}", "check the device's driver")
     return session
+
+
+def _load(artifact: Artifact, profile: HardwareProfile, options: Any) -> Any:  # noqa: ANN401
+    options.intra_op_num_threads = profile.execution.thread_count
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(profile.execution.spinning)))
+    try:
+        return open_session(artifact.path, options, PROVIDERS.get(profile.device.kind, ""), profile.device.name)
+    except REFUSALS as error:
+        raise BackendError(f"onnxruntime cannot load {artifact.path}: {error}", "build the artifact again") from error
+
+
+def _kernel_times(events: Sequence[dict[str, Any]], table: Sequence[Layer], runs: int) -> tuple[LayerTime, ...]:
+    """Means per kernel; each kernel's first event belongs to the run that warmed up."""
+    suffix, known = "_kernel_time", {layer.name: layer.precision for layer in table}
+    times: dict[tuple[str, str], list[float]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(suffix):
+            times.setdefault((event["name"].removesuffix(suffix), event["args"]["op_name"]), []).append(event["dur"] / 1e3)
+    return tuple(
+        LayerTime(name=name, operator=operator, precision=known.get(name, "unknown"), ms=sum(found[1:]) / runs)
+        for (name, operator), found in times.items()
+    )
 
 
 def layer_table(path: Path, recipe: Recipe) -> tuple[Layer, ...]:

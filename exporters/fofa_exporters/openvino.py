@@ -18,7 +18,19 @@ import numpy as np
 import openvino as ov
 
 from fofa_deploy.errors import BackendError, BuildError
-from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Layer, Precision, Probe, Recipe, Scalar
+from fofa_deploy.types import (
+    Artifact,
+    Calibration,
+    Feeds,
+    Graph,
+    HardwareProfile,
+    Layer,
+    LayerTime,
+    Precision,
+    Probe,
+    Recipe,
+    Scalar,
+)
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
 
@@ -89,6 +101,17 @@ class OpenVinoBackend:
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {artifact.path}: {error}", "build the artifact again") from error
 
+    def layer_times(self, artifact: Artifact, profile: HardwareProfile, feeds: Feeds, runs: int) -> tuple[LayerTime, ...]:
+        recipe = _on(artifact.recipe, profile.device.name)
+        threads = profile.execution.thread_count if profile.device.kind == "cpu" else None
+        request = _compile(artifact.path, recipe, threads, PERF_COUNT=True).create_infer_request()
+        request.infer(dict(feeds))
+        counted = []
+        for _ in range(runs):
+            request.infer(dict(feeds))
+            counted += request.profiling_info
+        return _counted_times(counted, {layer.name: layer.precision for layer in artifact.layers}, runs)
+
 
 # --- recipes ------------------------------------------------------------------------------------------------------
 
@@ -152,7 +175,7 @@ def _capabilities(device: str) -> set[Precision]:
     return {spelled[name] for name in ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES") if name in spelled}
 
 
-def _compile(path: Path, recipe: Recipe, threads: int | None) -> Any:  # noqa: ANN401 - openvino is untyped
+def _compile(path: Path, recipe: Recipe, threads: int | None, **more: bool) -> Any:  # noqa: ANN401 - openvino is untyped
     """Compile for exactly the recipe's device and precision.
 
     Raises:
@@ -161,7 +184,7 @@ def _compile(path: Path, recipe: Recipe, threads: int | None) -> Any:  # noqa: A
     device, wanted = str(recipe.options["device"]), HINTS[Precision(str(recipe.options["inference_precision"]))]
     if reason := _refusal(device):
         raise BackendError(reason, "name a device that `fofa-deploy doctor` lists")
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": wanted}
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": wanted, **more}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     compiled = ov.Core().compile_model(path, device, config)
@@ -238,4 +261,17 @@ def _layer(operation: Any) -> Layer:  # noqa: ANN401
     weighted = operator in _WEIGHTED
     return Layer(
         name=operation.get_friendly_name(), operator=operator, precision=_PRECISIONS.get(precision, precision), weighted=weighted
+    )
+
+
+def _counted_times(counted: Sequence[Any], known: dict[str, str], runs: int) -> tuple[LayerTime, ...]:
+    """Means per primitive that ran; where the execution graph has no such name, the precision is that of its kernel."""
+    times: dict[str, float] = {}
+    kinds: dict[str, tuple[str, str]] = {}
+    for info in (info for info in counted if info.real_time):
+        times[info.node_name] = times.get(info.node_name, 0.0) + info.real_time.total_seconds() * 1e3
+        kernel = info.exec_type.rpartition("_")[2].lower()
+        kinds[info.node_name] = info.node_type, known.get(info.node_name, _PRECISIONS.get(kernel, kernel))
+    return tuple(
+        LayerTime(name=name, operator=kinds[name][0], precision=kinds[name][1], ms=total / runs) for name, total in times.items()
     )

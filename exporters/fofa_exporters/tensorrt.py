@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,13 +21,23 @@ import onnx
 from numpy.typing import NDArray
 
 from fofa_deploy.errors import BackendError, BuildError, IntegrityError
-from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Layer, Precision, Probe, Recipe, Scalar
+from fofa_deploy.types import (
+    Artifact,
+    Calibration,
+    Feeds,
+    Graph,
+    HardwareProfile,
+    Layer,
+    LayerTime,
+    Precision,
+    Probe,
+    Recipe,
+    Scalar,
+)
 from fofa_exporters import _device, _onnx
+from fofa_exporters._engine import inspector_layers, network_layers, typed_layers
 
 ENGINE = "model.engine"
-_PRECISIONS = {"FLOAT": Precision.FP32, "HALF": Precision.FP16, "BF16": Precision.BF16, "INT8": Precision.INT8}
-_PRODUCTS = frozenset({"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"})
-_TRANSPARENT = frozenset({"SHUFFLE", "CAST", "IDENTITY", "QUANTIZE", "DEQUANTIZE"})
 
 
 # --- the two back ends --------------------------------------------------------------------------------------------
@@ -43,6 +52,9 @@ class _Family:
     precisions = frozenset({Precision.FP32, Precision.FP16, Precision.INT8})
 
     def probe(self, profile: HardwareProfile) -> Probe:
+        if self._builds_there(profile):
+            reason = f"{profile.device.host} builds the engine itself, from a typed ONNX file"
+            return Probe(can_build=True, can_run=False, reason=reason, versions={"onnx": onnx.__version__})
         try:
             trt = importlib.import_module(self.package)
         except (ImportError, OSError) as error:
@@ -55,13 +67,20 @@ class _Family:
     def recipes(self, profile: HardwareProfile, graph: Graph) -> Sequence[Recipe]:
         """fp16 first: TensorRT-RTX documents int8 only for weights of matrix products, so int8 has to prove itself."""
         batch: dict[str, Scalar] = {"max_batch": max(profile.execution.batch_sizes)}
+        if self._builds_there(profile):
+            batch["on_device"] = True
         offered = [recipe for recipe in (FP16, INT8, FP32) if recipe.precision in profile.precisions]
         return [recipe.model_copy(update={"options": {**recipe.options, **batch}}) for recipe in offered]
 
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
-        model = _onnx.read(graph)
+        typed = _typed(_onnx.read(graph), recipe, calibration)
+        if recipe.options.get("on_device"):
+            main, versions = out / "model.onnx", {"onnx": onnx.__version__}
+            onnx.save(typed, main)
+            return Artifact.of(
+                out, main, backend=self.name, recipe=recipe, graph=graph, layers=typed_layers(typed), versions=versions
+            )
         trt = self.runtime()
-        typed = _typed(model, recipe, calibration)
         engine, layers = _build_engine(trt, typed, int(recipe.options.get("max_batch", 1)))
         main = out / ENGINE
         main.write_bytes(engine)
@@ -70,9 +89,21 @@ class _Family:
 
     def load(self, artifact: Artifact, profile: HardwareProfile) -> TensorRtSession:
         """An engine is native code: only bytes with the artifact's own digest reach the deserializer."""
+        if artifact.recipe.options.get("on_device"):
+            raise BackendError(f"{artifact.path} is built on its device", "measure it there: fofa-deploy profile")
         if reason := _no_gpu():
             raise BackendError(f"{self.name} cannot run here: {reason}", "run on a machine with an NVIDIA GPU")
         return TensorRtSession(self.runtime(), _engine_bytes(artifact), profile.device.name)
+
+    def layer_times(self, artifact: Artifact, profile: HardwareProfile, feeds: Feeds, runs: int) -> tuple[LayerTime, ...]:
+        known = {layer.name: layer for layer in artifact.layers}
+        with self.load(artifact, profile) as session:
+            times = session.layer_ms(feeds, runs)
+        return tuple(_layer_time(name, known.get(name), ms) for name, ms in times.items())
+
+    def _builds_there(self, profile: HardwareProfile) -> bool:
+        """An engine runs only on the GPU and the version that it was built for: a remote one gets what it is made from."""
+        return profile.device.host is not None and profile.device.kind == "gpu" and not self.builds_without_gpu
 
     def runtime(self) -> ModuleType:
         """The Python package, imported now and not before.
@@ -231,72 +262,15 @@ def _layers(trt: ModuleType, network: Any, engine: bytes) -> tuple[Layer, ...]: 
     return inspected if covered else declared
 
 
-def network_layers(network: Any) -> tuple[Layer, ...]:  # noqa: ANN401
-    """Types of each layer's first output; a product of dequantized operands counts as int8, for that is what it compiles to."""
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    producers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
-    return tuple(_network_layer(layer, producers) for layer in layers if _kind(layer) != "CONSTANT")
-
-
-def _network_layer(layer: Any, producers: dict[str, Any]) -> Layer:  # noqa: ANN401
-    product = _kind(layer) in _PRODUCTS
-    integer = product and all(_is_dequantized(layer.get_input(place), producers) for place in (0, 1))
-    weighted = product and (_kind(layer) != "MATRIX_MULTIPLY" or _is_constant(layer, producers))
-    precision = Precision.INT8 if integer else _precision(layer.get_output(0))
-    return Layer(name=layer.name, operator=_kind(layer), precision=precision, weighted=weighted)
-
-
-def _kind(layer: Any) -> str:  # noqa: ANN401
-    return str(layer.type.name)
-
-
-def _precision(tensor: Any) -> str:  # noqa: ANN401
-    name = str(tensor.dtype.name)
-    return _PRECISIONS.get(name, name.lower())
-
-
-def _is_dequantized(tensor: Any, producers: dict[str, Any]) -> bool:  # noqa: ANN401
-    """Whether a tensor comes from int8 through nothing but a change of shape."""
-    layer = producers.get(tensor.name) if tensor is not None else None
-    while layer is not None and _kind(layer) == "SHUFFLE":
-        layer = producers.get(layer.get_input(0).name)
-    return layer is not None and _kind(layer) == "DEQUANTIZE" and _precision(layer.get_input(0)) == Precision.INT8
-
-
-def _is_constant(layer: Any, producers: dict[str, Any]) -> bool:  # noqa: ANN401
-    """Whether the second operand of a matrix product is a weight, stored as it is or quantized."""
-    source = producers.get(layer.get_input(1).name)
-    while source is not None and _kind(source) in _TRANSPARENT:
-        source = producers.get(source.get_input(0).name)
-    return source is not None and _kind(source) == "CONSTANT"
+def _layer_time(name: str, layer: Layer | None, ms: float) -> LayerTime:
+    operator, precision = (layer.operator, layer.precision) if layer else ("unknown", "unknown")
+    return LayerTime(name=name, operator=operator, precision=precision, ms=ms)
 
 
 def _inspect(trt: ModuleType, engine: bytes) -> str:
     deserialized = trt.Runtime(_logger(trt)).deserialize_cuda_engine(engine)
     inspector = deserialized.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def inspector_layers(text: str) -> tuple[Layer, ...]:
-    """Rows of the engine inspector's DETAILED JSON; a layer is weighted when it lists the weights it holds."""
-    rows = [row for row in json.loads(text).get("Layers", []) if isinstance(row, dict)]
-    return tuple(_inspected(row) for row in rows)
-
-
-def _inspected(row: dict[str, Any]) -> Layer:
-    weights = row.get("Weights") or {}
-    spelled = str(weights.get("Type", "")) if weights.get("Count") else _output_format(row)
-    precision = _PRECISIONS.get(spelled.upper(), spelled.lower() or "unknown")
-    kind = str(row.get("LayerType", "unknown"))
-    return Layer(name=str(row.get("Name", "")), operator=kind, precision=precision, weighted=bool(weights.get("Count")))
-
-
-def _output_format(row: dict[str, Any]) -> str:
-    """The inspector writes either ``Half`` or a phrase such as ``Channel major FP16 format where ...``."""
-    outputs = row.get("Outputs") or [{}]
-    phrase = str(outputs[0].get("Format/Datatype", ""))
-    words = {"FP32": "FLOAT", "FLOAT": "FLOAT", "FP16": "HALF", "HALF": "HALF", "BF16": "BF16", "INT8": "INT8"}
-    return next((name for word, name in words.items() if word in phrase.upper()), phrase)
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -339,6 +313,7 @@ class TensorRtSession:
         from cuda.bindings import runtime as cuda
 
         self._api: Any = cuda
+        self._trt: Any = trt
         _cuda(cuda.cudaSetDevice(_device.ordinal(device)))
         self._runtime = trt.Runtime(_logger(trt))
         self._engine = self._runtime.deserialize_cuda_engine(engine)
@@ -360,6 +335,20 @@ class TensorRtSession:
         slices = [slice(start, start + self._max_batch) for start in range(0, total, self._max_batch)]
         parts = [self._run({name: feeds[name][part] for name in self._inputs}) for part in slices]
         return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
+
+    def layer_ms(self, feeds: Feeds, runs: int) -> dict[str, float]:
+        """Mean milliseconds per layer of warm runs, as TensorRT's own profiler tells it."""
+        total: dict[str, float] = {}
+
+        class Profiler(self._trt.IProfiler):  # type: ignore[misc, name-defined]
+            def report_layer_time(self, name: str, ms: float) -> None:
+                total[name] = total.get(name, 0.0) + ms
+
+        self.run(feeds)
+        self._context.profiler = Profiler()
+        for _ in range(runs):
+            self.run(feeds)
+        return {name: ms / runs for name, ms in total.items()}
 
     def _run(self, feeds: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
         arrays = {name: np.ascontiguousarray(array, self._dtypes[name]) for name, array in feeds.items()}

@@ -18,6 +18,7 @@ VERBS = {
     "profile": "Measure the latency of a run's artifacts, or of an ONNX file.",
     "report": "Write the reports of a finished run again.",
     "check": "Judge a candidate against a baseline and its budgets: the gate of a CI job.",
+    "bundle": "Pack a run's artifact for a device that cannot be reached.",
     "doctor": "What this machine can build and run, and why not.",
     "backends": "List the registered back ends.",
     "profiles": "List the hardware profiles, or show one.",

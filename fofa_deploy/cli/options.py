@@ -8,6 +8,7 @@ import click
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 EXISTING_FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 out = click.option("--out", type=FOLDER, required=True, help="Run directory; run again to resume.")
 overrides = click.option(

@@ -63,7 +63,7 @@ def _target_cells(row: TargetRow) -> list[str]:
 
 def measurements(named: Sequence[tuple[str, Measurement]]) -> None:
     """One line per measurement; a percentile without enough runs says so."""
-    columns = ("artifact", "batch", "p50 ms", "p90", "p99", "images/s", "cold ms", "peak MiB", "runs", "note")
+    columns = ("artifact", "batch", "threads", "p50 ms", "p90", "p99", "images/s", "cold ms", "peak MiB", "runs", "note")
     table("", columns, [_measurement_cells(name, found) for name, found in named])
 
 
@@ -71,7 +71,15 @@ def _measurement_cells(name: str, found: Measurement) -> list[str]:
     latency = found.latency_ms
     tails = ["not enough runs" if value is None else f"{value:.3f}" for value in (latency.p90, latency.p99)]
     figures = [f"{found.throughput_sps:.0f}", f"{found.cold_start_ms:.0f}", f"{found.peak_rss_bytes / 2**20:.0f}", str(found.runs)]
-    return [escape(name), str(found.batch), f"{latency.p50:.3f}", *tails, *figures, escape("; ".join(found.warnings))]
+    return [
+        escape(name),
+        str(found.batch),
+        str(found.threads),
+        f"{latency.p50:.3f}",
+        *tails,
+        *figures,
+        escape("; ".join(found.warnings)),
+    ]
 
 
 def outcome(report: RunReport, out: Path) -> None:

@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from fofa_deploy.cli import options
 if TYPE_CHECKING:
     from fofa_deploy.progress import Progress
     from fofa_deploy.results import TargetRow
-    from fofa_deploy.tune import Tuner
+    from fofa_deploy.tune import Settings, Tuner
     from fofa_deploy.types import HardwareProfile
 
 
@@ -100,14 +100,32 @@ def open_source(
 @contextmanager
 def _open_onnx(source: Source, progress: Progress, fresh: bool) -> Iterator[Tuner]:
     from fofa_deploy.adopt import Preparation, adopt
-    from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
     from fofa_deploy.store import Store
+
+    with Store(source.out or source.path.with_suffix(".fofa")) as store:
+        preparation = Preparation(mean=source.mean, std=source.std)
+        yield adopt(store, source.path, source.images, preparation, progress, replace(plain_settings(source), fresh=fresh))
+
+
+def plain_settings(source: Source) -> Settings:
+    """Of a source without a plan."""
+    from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
     from fofa_deploy.tune import Settings
     from fofa_deploy.types import Budget
 
-    settings = Settings(AccuracyPlan(), MeasurePlan(), LimitsPlan(), Budget(), 0, source.recipe, fresh)
-    with Store(source.out or source.path.with_suffix(".fofa")) as store:
-        yield adopt(store, source.path, source.images, Preparation(mean=source.mean, std=source.std), progress, settings)
+    return Settings(AccuracyPlan(), MeasurePlan(), LimitsPlan(), Budget(), 0, source.recipe)
+
+
+def keep(source: Source, rows: list[TargetRow]) -> None:
+    """Put rows from devices into the report of a run directory, each in the place of its last one."""
+    from fofa_deploy.report import read_report, write_report
+
+    if not (source.path / "report.json").is_file():
+        return
+    report = read_report(source.path)
+    new = {(row.target, row.recipe) for row in rows}
+    others = [row for row in report.targets if (row.target, row.recipe) not in new]
+    write_report(report.model_copy(update={"targets": (*others, *rows)}), source.path)
 
 
 def finish(rows: list[TargetRow], as_json: bool) -> None:

@@ -83,7 +83,7 @@ def scatter(report: RunReport) -> Markup:
     if not dots:
         return Markup("")
     with mpl.rc_context(STYLE):
-        figure, (axes,) = _figure(14.4, 6.0, 1)
+        figure, (axes,) = figure_of(14.4, 6.0, 1)
         star = _star(report)
         for dot in dots:
             _draw(axes, dot)
@@ -93,7 +93,7 @@ def scatter(report: RunReport) -> Markup:
         _legend(axes, report, {dot.number for dot in dots}, star)
         figure.tight_layout()
         _label_all(figure, axes, dots)
-        return _svg(figure, "Validation accuracy against median latency of every recipe tried")
+        return svg_of(figure, "Validation accuracy against median latency of every recipe tried")
 
 
 def _dots(report: RunReport) -> list[Dot]:
@@ -218,11 +218,11 @@ def _curve(stage: str, epochs: Sequence[Epoch]) -> Markup:
     accuracies, others = _accuracies(epochs), _others(epochs)
     panels = [("loss", _losses(epochs)), ("accuracy, %", accuracies), ("teacher diagnostics", others)]
     drawn = [(title, lines) for title, lines in panels if lines]
-    figure, all_axes = _figure(14.4, 4.2, len(drawn))
+    figure, all_axes = figure_of(14.4, 4.2, len(drawn))
     for axes, (title, lines) in zip(all_axes, drawn, strict=True):
         _panel(axes, title, lines)
     figure.tight_layout(w_pad=2.5)
-    return _svg(figure, f"Training curves of {words.clipped(stage, 60)}")
+    return svg_of(figure, f"Training curves of {words.clipped(stage, 60)}")
 
 
 Lines = dict[str, list[Point]]
@@ -286,11 +286,11 @@ COLOURS = {
 def trend(panels: Mapping[str, Mapping[str, Sequence[Sequence[Point]]]]) -> str:
     """A standalone SVG file: one panel per figure, one colour per name, and a gap wherever a name's next run of points begins."""
     with mpl.rc_context(STYLE):
-        figure, all_axes = _figure(14.4, 4.2, len(panels))
+        figure, all_axes = figure_of(14.4, 4.2, len(panels))
         for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
             _trend_panel(axes, title, lines)
         figure.tight_layout(w_pad=2.5)
-        svg = _svg(figure, "Figures of every check, in the order of checking")
+        svg = svg_of(figure, "Figures of every check, in the order of checking")
     variables = ";".join(f"--{name}:{colour}" for name, colour in COLOURS.items())
     style = f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" style="{variables};background:#ffffff"'
     return f"{str(svg).replace('<svg ', f'<svg {style} ', 1)}\n"
@@ -314,13 +314,13 @@ def _trend_panel(axes: Axes, title: str, lines: Mapping[str, Sequence[Sequence[P
 # --- matplotlib's SVG into the page's ------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float, columns: int) -> tuple[Figure, list[Axes]]:
+def figure_of(width: float, height: float, columns: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), dpi=72)
     grid = figure.subplots(1, columns, squeeze=False)
     return figure, list(grid[0])
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def svg_of(figure: Figure, label: str) -> Markup:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     body = re.sub(r"<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)

@@ -119,13 +119,17 @@ def conditions(row: TargetRow) -> str:
 
 def _conditions(row: TargetRow, measured: Measurement) -> Iterator[str]:
     yield measured.device
-    yield f"{measured.threads} thread{'s' if measured.threads > 1 else ''}, batch {measured.batch}"
+    yield _load(measured)
     yield f"{words.count(measured.warmup_runs)} warm-up + {words.count(measured.runs)} runs"
     yield f"variation {words.percent(measured.variation)}"
     if row.environment:
         yield f"{row.environment.machine}: {_runtime_version(row.runtime, row.environment)}"
     yield f"artifact {measured.artifact_sha256[:12]}"
     yield words.moment(measured.measured_at)
+
+
+def _load(measured: Measurement) -> str:
+    return f"{measured.threads} thread{'s' if measured.threads > 1 else ''}, batch {measured.batch}"
 
 
 def _runtime_version(runtime: str, environment: Environment) -> str:
@@ -151,7 +155,7 @@ def _further(row: TargetRow) -> Iterator[str]:
     if row.cold_start_ms is not None:
         yield f"cold start {words.milliseconds(row.cold_start_ms)} ms"
     for other in row.other_batches:
-        yield f"batch {other.batch}: p50 {words.milliseconds(other.latency_ms.p50)} ms, {other.throughput_sps:,.0f} images/s"
+        yield f"{_load(other)}: p50 {words.milliseconds(other.latency_ms.p50)} ms, {other.throughput_sps:,.0f} images/s"
     yield from _energy(row.measurement)
 
 
@@ -160,6 +164,36 @@ def _energy(measured: Measurement | None) -> Iterator[str]:
         yield f"{measured.energy_mj:.3g} mJ per run"
     elif measured and measured.energy_reason:
         yield f"energy: {measured.energy_reason}"
+
+
+TOP = 10
+"""Layers shown; report.json keeps all."""
+
+
+def profiled(report: RunReport) -> list[TargetRow]:
+    """The chosen rows whose runtime told what each layer takes."""
+    return [target.chosen for target in targets_of(report) if target.chosen and target.chosen.layers]
+
+
+def fleet(report: RunReport) -> dict[str, list[TargetRow]]:
+    """Artifacts that were measured in more than one place, by recipe and digest: the only ones that compare devices."""
+    groups: dict[str, list[TargetRow]] = {}
+    for row in report.targets:
+        if row.measurement:
+            groups.setdefault(f"{row.recipe} {row.measurement.artifact_sha256[:8]}", []).append(row)
+    return {name: rows for name, rows in groups.items() if len({row.target for row in rows}) > 1}
+
+
+def limit_words(row: TargetRow) -> str:
+    """How near an artifact comes to what the machine can do."""
+    if row.of_limit is None or row.peaks is None:
+        return "how near it comes to this machine's limits is not known"
+    peaks = ", ".join(f"{name} {value:,.0f}" for name, value in row.peaks.gops.items())
+    return (
+        f"runs at {words.percent(row.of_limit)} of what this machine can do "
+        f"(measured with {row.peaks.threads} threads: {peaks} · 10⁹ operations/s, {row.peaks.gbps:.1f} GB/s; "
+        f"{words.moment(row.peaks.measured_at)}{', on a busy machine and so too low' if row.peaks.busy else ''})"
+    )
 
 
 def environments(report: RunReport) -> list[tuple[str, Environment]]:

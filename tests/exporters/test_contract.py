@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fofa_deploy.backend import Backend, Session, backend_names, get_backend
+from fofa_deploy.backend import Backend, LayerProfiler, Session, backend_names, get_backend
 from fofa_deploy.errors import BackendError, BuildError, IntegrityError
+from fofa_deploy.results import Peaks
+from fofa_deploy.roofline import costs, work
 from fofa_deploy.types import Artifact, Precision, Recipe
 
 from .conftest import BATCHES, KINDS, Built, Captured, profile_for, run_in_batches, stand_in
 
 COSINE = {Precision.FP32: 0.999999, Precision.FP16: 0.9999, Precision.BF16: 0.999, Precision.INT8: 0.98}
+PEAKS = Peaks(gops={"fp32": 100, "int8": 400, "bf16": 200}, gbps=10, threads=1, measured_at="", fingerprint="")
 AGREEMENT = {Precision.FP32: 1.0, Precision.FP16: 0.98, Precision.BF16: 0.95, Precision.INT8: 0.85}
 
 
@@ -145,6 +148,22 @@ def test_outputs_survive_the_next_run(built: Built, session: Session):
         kept = first.copy()
         session.run({"images": other})
         np.testing.assert_array_equal(first, kept)
+
+
+def test_layer_times_are_those_of_its_layers(built: Built, session: Session):
+    if not isinstance(built.backend, LayerProfiler):
+        pytest.skip(f"{built.backend.name} has no profiler")
+    times = built.backend.layer_times(built.artifact, built.profile, {"images": built.captured.inputs[:1]}, 3)
+    assert sum(layer.ms for layer in times) > 0
+    assert len({layer.name for layer in times}) == len(times)
+    known = {layer.name: layer.precision for layer in built.artifact.layers}
+    assert 2 * sum(layer.name in known for layer in times) > len(times), "the profiler's names are not the layer table's"
+    assert all(layer.precision == known[layer.name] for layer in times if layer.name in known)
+    weighted = {layer.name for layer in built.artifact.layers if layer.weighted}
+    timed = weighted & {layer.name for layer in times}
+    assert 2 * len(timed) > len(weighted)
+    nodes = {layer.macs for layer in costs(times, work(built.captured.graph.path), PEAKS)} - {None}
+    assert nodes, "no layer is found again in the graph"
 
 
 def test_names_the_device(session: Session):

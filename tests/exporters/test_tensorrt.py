@@ -10,14 +10,16 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, BuildError, IntegrityError
+from fofa_deploy.profile import find_profile
 from fofa_deploy.types import Artifact, Precision
 from fofa_exporters import _device, tensorrt
 
-from .conftest import Built, Captured, profile_for
+from .conftest import Built, Captured, profile_for, recipe_named
 
 NAME, INT8 = "tensorrt-rtx", "int8-qdq-symmetric"
 
@@ -202,3 +204,22 @@ def test_session_slices_copies_and_frees(monkeypatch: pytest.MonkeyPatch):
         np.testing.assert_array_equal(session.run({"images": images})["logits"], 2 * images)
     assert engine.batches == [3, 3, 1]
     assert not cuda.memory
+
+
+@pytest.mark.parametrize("recipe_name", ["fp32", "fp16", INT8])
+def test_a_remote_gpu_gets_the_typed_graph_and_builds_the_engine_itself(captured, recipe_name, tmp_path):
+    """No TensorRT is needed here: the runner on the device has the build step."""
+    jetson = find_profile("jetson-orin")
+    there = jetson.model_copy(update={"device": jetson.device.model_copy(update={"host": "me@jetson"})})
+    backend = get_backend("tensorrt")
+    probe = backend.probe(there)
+    assert (probe.can_build, probe.can_run) == (True, False)
+    assert "me@jetson builds the engine" in probe.reason
+    recipe = recipe_named(backend, there, captured["cnn"].graph, recipe_name)
+    artifact = backend.build(captured["cnn"].graph, recipe, captured["cnn"].calibration, tmp_path)
+    assert {value.name for value in onnx.load(artifact.path).graph.input} == {"images"}
+    weighted = [layer.precision for layer in artifact.layers if layer.weighted]
+    assert len(weighted) == 16
+    assert set(weighted) == {recipe.precision}
+    with pytest.raises(BackendError, match="built on its device"):
+        backend.load(artifact, there)

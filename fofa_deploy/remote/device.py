@@ -1,0 +1,191 @@
+"""Artifacts on devices elsewhere: each is sent, verified and timed there, and becomes a row like any other."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fofa_deploy.environment import cpu_mismatch
+from fofa_deploy.errors import FofaError, IntegrityError, StageError, UnavailableError, UserError
+from fofa_deploy.judge import elsewhere_problem
+from fofa_deploy.measure import Candidate
+from fofa_deploy.remote.bundle import Job, Line, job_for, write_bundle, write_question
+from fofa_deploy.remote.results import AGAIN, Failed, Results, Timed, check_files, compare_outputs, read_results
+from fofa_deploy.remote.transport import Ssh, Transport, exchange
+from fofa_deploy.results import TargetRow
+from fofa_deploy.runner.runtimes import MODULES
+from fofa_deploy.schema import validate
+from fofa_deploy.tune import Tuner, timings
+from fofa_deploy.types import Artifact, Device, HardwareProfile, Status
+
+QUESTION_SECONDS = 60.0
+SENT = (Status.VERIFIED, Status.BUILT_NOT_RUN)
+NOT_FROM_HERE = {"latency_ms": None, "measurement": None, "environment": None, "speedup": None, "chosen": False}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device, and the Python there that has numpy and the runtime."""
+
+    transport: Transport
+    python: str = "python3"
+
+    @property
+    def name(self) -> str:
+        return self.transport.name
+
+    def run(self, write: Callable[[Path], object], seconds: float) -> Results:
+        """Write a bundle, run it there and read its results."""
+        with tempfile.TemporaryDirectory() as folder:
+            bundle = Path(folder) / "bundle.zip"
+            write(bundle)
+            return read_results(exchange(self.transport, self.python, bundle, seconds), self.name)
+
+
+def examine(place: Place, profile: HardwareProfile) -> Results:
+    """What the device is, when it is the profile's and can run its artifacts.
+
+    Raises:
+        UnavailableError: it is another kind of device, or lacks the runtime or numpy.
+        FofaError: it does not answer; see `exchange`.
+    """
+    told = place.run(write_question, QUESTION_SECONDS)
+    found = told.machine()
+    if problem := cpu_mismatch(profile, found.machine, told.flags):
+        raise UnavailableError(f"{place.name} is not a {profile.name}: {problem}", "choose the profile of that device")
+    if profile.runtime not in MODULES:
+        raise UnavailableError(f"{profile.runtime} runs on this machine only", f"choose a profile of {', '.join(MODULES)}")
+    packages = ((profile.runtime, f"{profile.runtime}-gpu"), ("numpy",))
+    if missing := [names[0] for names in packages if not found.versions.keys() & set(names)]:
+        action = f"there: {place.python} -m pip install {' '.join(missing)}; or name another Python with --python"
+        raise UnavailableError(f"{place.name} has no {' and no '.join(missing)} for {place.python}", action)
+    return told
+
+
+def places(
+    profile: HardwareProfile, hosts: Sequence[str] = (), python: str | None = None, config: Path | None = None
+) -> list[Place]:
+    """The devices to measure on: those named, else the profile's own; none is this machine.
+
+    Raises:
+        PlanError: a name is not that of a host.
+    """
+    own = profile.device
+    devices = [own.model_copy(update={"host": host}) for host in hosts] or [own]
+    told = [device.model_dump() | {"python": python or device.python} for device in devices if device.host is not None]
+    checked = [validate(device, Device, "the device's address") for device in told]
+    return [Place(Ssh(str(device.host), config), device.python) for device in checked]
+
+
+def profile_on(devices: Sequence[Place], tuner: Tuner, profile: HardwareProfile) -> list[TargetRow]:
+    """The rows of a profile's artifacts on every device, or here without one; what failed says why."""
+    if not devices:
+        return tuner.tune(profile)
+    rows = tuner.attempt(profile)
+    return [row for place in devices for row in _measured(place, tuner, profile, rows)]
+
+
+def _measured(place: Place, tuner: Tuner, profile: HardwareProfile, rows: Sequence[TargetRow]) -> list[TargetRow]:
+    target = profile.name if place.name == profile.device.host else f"{profile.name} on {place.name}"
+    there = [row.model_copy(update={**NOT_FROM_HERE, "target": target}) for row in rows]
+    try:
+        if any(row.status in SENT for row in there):
+            examine(place, profile)
+    except (StageError, UserError, UnavailableError) as error:
+        return [_ended(row, Status.SKIPPED, error) if row.status in SENT else row for row in there]
+    return tuner.choose(profile, [_sent(place, tuner, profile, row) if row.status in SENT else row for row in there])
+
+
+def _sent(place: Place, tuner: Tuner, profile: HardwareProfile, row: TargetRow) -> TargetRow:
+    tuner.progress.say(f"{place.name}: {row.recipe}")
+    candidate = tuner.candidate(profile, row)
+    try:
+        job = _job(tuner, profile, candidate)
+        results = place.run(lambda out: write_bundle(candidate, job, out), job.seconds)
+        return _believed(results, job, candidate.golden, row, tuner)
+    except (StageError, UserError, UnavailableError) as error:
+        return _ended(row, Status.FAILED, error)
+
+
+def _job(tuner: Tuner, profile: HardwareProfile, candidate: Candidate) -> Job:
+    lines = [Line(batch=batch, threads=threads) for batch, threads in tuner.settings.lines(profile)]
+    return job_for(candidate, lines, tuner.settings.measure, tuner.settings.limits)
+
+
+def bundle(tuner: Tuner, profiles: Sequence[HardwareProfile], out: Path) -> None:
+    """Write the one artifact that is meant as a bundle.
+
+    Raises:
+        UserError: there is none, or there are several and nothing says which; or the file cannot be written.
+    """
+    tried = [(profile, row) for profile in profiles for row in tuner.attempt(profile)]
+    found = [(profile, row) for profile, row in tried if row.status in SENT]
+    if len(found) != 1:
+        names = ", ".join(f"--profile {p.name} --recipe {row.recipe}" for p, row in found)
+        raise UserError(f"{len(found)} artifacts could be meant", f"choose one: {names}" if names else tried[0][1].reason)
+    ((profile, row),) = found
+    candidate = tuner.candidate(profile, row)
+    try:
+        write_bundle(candidate, _job(tuner, profile, candidate), out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror or error}", "free space or choose another file") from error
+
+
+def import_results(content: bytes, where: str, tuner: Tuner, profiles: Sequence[HardwareProfile]) -> TargetRow:
+    """The row of a bundle that somebody carried to a device.
+
+    Raises:
+        IntegrityError: the results are damaged, or belong to no artifact here.
+    """
+    results = read_results(content, where)
+    profile = next((p for p in profiles if results.job and p.name == results.job.target), None)
+    if results.job is None or profile is None:
+        raise IntegrityError(
+            f"{where} belongs to none of {', '.join(p.name for p in profiles)}", "name the profile it was bundled for"
+        )
+    row = next((r for r in tuner.attempt(profile) if r.recipe == results.job.recipe and r.artifact), None)
+    if row is None:
+        raise IntegrityError(
+            f"{where} belongs to recipe {results.job.recipe!r}, which is not built here", "import it where it was bundled"
+        )
+    asked = results.job
+    candidate = tuner.candidate(profile, row)
+    job = job_for(candidate, asked.grid, asked.measure, tuner.settings.limits)
+    limits = {"build_seconds": asked.build_seconds, "run_seconds": asked.run_seconds, "memory_bytes": asked.memory_bytes}
+    cpu = results.machine().cpu
+    there = row.model_copy(update={**NOT_FROM_HERE, "target": f"{profile.name} on {cpu}"})
+    return tuner.choose(profile, [_believed(results, job.model_copy(update=limits), candidate.golden, there, tuner)])[0]
+
+
+def _believed(results: Results, job: Job, golden: Path, row: TargetRow, tuner: Tuner) -> TargetRow:
+    """The row that results make, once they are those of this job.
+
+    Raises:
+        IntegrityError: they are not.
+    """
+    environment = results.machine()
+    if results.job != job:
+        raise IntegrityError("the results belong to another job than the one here", AGAIN)
+    if results.error:
+        return row.model_copy(update={"status": Status.FAILED, "reason": results.error, "environment": environment})
+    check_files(results.files, job.files)
+    first, *others = results.answers(job)
+    if isinstance(first, Failed):
+        return row.model_copy(update={"status": Status.FAILED, "reason": first.error, "environment": environment})
+    found = compare_outputs(first, job, golden)
+    precision = Artifact.load(tuner.root / str(row.artifact)).recipe.precision
+    problem = elsewhere_problem(precision, found, row.golden, tuner.settings.accuracy)
+    failed = [f"batch {line.batch}, {line.threads} threads: {line.error}" for line in others if isinstance(line, Failed)]
+    facts = {
+        "status": Status.REJECTED if problem else Status.VERIFIED,
+        "reason": "; ".join([problem or "gives the right outputs there", *failed]),
+        "golden": found,
+        "other_batches": tuple(line.measurement(job.artifact_sha256) for line in others if isinstance(line, Timed)),
+    }
+    return row.model_copy(update={**timings(first.measurement(job.artifact_sha256), environment), **facts})
+
+
+def _ended(row: TargetRow, status: Status, error: FofaError) -> TargetRow:
+    return row.model_copy(update={"status": status, "reason": error.message.splitlines()[0]})

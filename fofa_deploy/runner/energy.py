@@ -1,0 +1,67 @@
+"""Energy, where the platform counts it, else the reason why there is no figure."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class Meter:
+    """Energy of the blocks it is held over: RAPL counters, else INA power sensors, else the reason why there is none."""
+
+    def __init__(self, sys_class: Path = Path("/sys/class")) -> None:
+        self.clear()
+        self._counters = sorted(sys_class.glob("powercap/intel-rapl:[0-9]*/energy_uj"))
+        self._counters = [path for path in self._counters if path.parent.name.count(":") == 1]
+        self._sensors = [] if self._counters else _power_sensors(sys_class)
+        self.reason = self._unreadable()
+
+    def _unreadable(self) -> str:
+        if not self._counters and not self._sensors:
+            return "this platform shows no energy counter: neither RAPL in /sys/class/powercap nor an INA sensor in hwmon"
+        locked = [path for path in self._counters or self._sensors if not os.access(path, os.R_OK)]
+        return f"{locked[0]} is not readable by this user" if locked else ""
+
+    def _read(self) -> float:
+        """Joules so far, or watts now."""
+        return sum(int(path.read_text()) for path in self._counters or self._sensors) / 1e6
+
+    @contextmanager
+    def over(self, runs: int) -> Iterator[None]:
+        """Count what a block of runs takes."""
+        if self.reason:
+            yield
+            return
+        before, since = self._read(), time.perf_counter()
+        yield
+        self._joules += self._used(before, self._read(), time.perf_counter() - since)
+        self._runs += runs
+
+    def clear(self) -> None:
+        self._joules, self._runs = 0.0, 0
+
+    def _used(self, before: float, after: float, seconds: float) -> float:
+        if self._sensors:
+            return (before + after) / 2 * seconds
+        return after - before if after >= before else after - before + self._range()
+
+    def _range(self) -> float:
+        """Where a counter starts again at nothing."""
+        return int(self._counters[0].with_name("max_energy_range_uj").read_text()) / 1e6
+
+    def found(self) -> dict[str, Any]:
+        """``energy_mj`` per run, of the whole package or board, idle power included; None with ``energy_reason``."""
+        if self.reason:
+            return {"energy_mj": None, "energy_reason": self.reason}
+        of = "board's power rails, sampled" if self._sensors else "CPU package by RAPL"
+        return {"energy_mj": 1e3 * self._joules / self._runs, "energy_reason": f"of the whole {of}, idle power included"}
+
+
+def _power_sensors(sys_class: Path) -> list[Path]:
+    """Microwatts of INA sensors' first rail: the board's input on Jetson and most carriers."""
+    chips = [path.parent for path in sorted(sys_class.glob("hwmon/hwmon*/name")) if path.read_text().startswith("ina")]
+    return [path for chip in chips for path in [chip / "power1_input"] if path.is_file()][:1]
