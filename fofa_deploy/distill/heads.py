@@ -16,6 +16,24 @@ class Projector(nn.Sequential):
         super().__init__(nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(), nn.Linear(outputs, outputs))
 
 
+class Sketch(nn.Module):
+    """A fixed orthonormal projection, (B, D) -> (B, d): it keeps angles and distances as well as d dimensions can.
+
+    Drawn from a seed of its own, and part of the state.
+    """
+
+    basis: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        drawn = torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("basis", torch.linalg.qr(drawn).Q)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        with torch.autocast(embedding.device.type, enabled=False):
+            return embedding.float() @ self.basis
+
+
 class Standardizer(nn.Module):
     """Teacher features (B, C, H, W) per channel by running statistics of the *plain* teacher.
 

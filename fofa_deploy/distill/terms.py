@@ -14,7 +14,7 @@ from torch.nn import functional
 from fofa_deploy.config import DistillPlan
 from fofa_deploy.distill import losses
 from fofa_deploy.distill.fofa import FeatureBranch
-from fofa_deploy.distill.heads import ExitBranch, Projector, Regressor
+from fofa_deploy.distill.heads import ExitBranch, Projector, Regressor, Sketch
 from fofa_deploy.distill.lesson import Lesson, Term
 from fofa_deploy.distill.parallel import gathered
 from fofa_deploy.distill.tapped import TappedModel
@@ -80,7 +80,10 @@ class Hint(Term):
 
 
 class RedundancySuppression(Term):
-    """RSD (arXiv 2507.21844): the projected embedding correlates with the teacher's, dimension by dimension and no further."""
+    """RSD (arXiv 2507.21844): the projected embedding correlates with the teacher's, dimension by dimension and no further.
+
+    Where the teacher's embedding is wider than a batch, a fixed random projection of it takes its place.
+    """
 
     def __init__(self, student: TappedModel, teacher: TappedModel, plan: DistillPlan) -> None:
         super().__init__()
@@ -88,7 +91,10 @@ class RedundancySuppression(Term):
             problem = "rsd needs the vector that enters the classifier layer, which a model does not have"
             raise ModelError(problem, "use another method")
         self._off_diagonal = plan.rsd_lambda
-        self.projector = Projector(student.embedding_width, teacher.embedding_width)
+        # B images cannot tell more than B dimensions apart: what they are asked to decorrelate beyond that is noise.
+        width = min(teacher.embedding_width, plan.batch_size)
+        self.projector = Projector(student.embedding_width, width)
+        self.sketch = Sketch(teacher.embedding_width, width) if width < teacher.embedding_width else nn.Identity()
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
         assert lesson.student.embedding is not None
@@ -98,7 +104,7 @@ class RedundancySuppression(Term):
         # One sample has no correlation, and BatchNorm refuses it.
         if len(student) == 1:
             return {"rsd": student.float().sum() * 0.0}
-        return {"rsd": losses.redundancy_loss(self.projector(student), teacher, self._off_diagonal)}
+        return {"rsd": losses.redundancy_loss(self.projector(student), self.sketch(teacher), self._off_diagonal)}
 
 
 TERMS: Mapping[str, Callable[[TappedModel, TappedModel, DistillPlan], Term]] = {

@@ -326,3 +326,14 @@ def test_a_teacher_that_forgets_is_told_of():
 
     assert forgotten(()) == forgotten(curve(0.895)) == ()
     assert "forgot 15.0 points" in forgotten(curve(0.75))[0]
+
+
+def test_rsd_asks_no_more_of_a_batch_than_it_can_tell(objective, batch):
+    wide, narrow = (objective("vit", "cnn", method="rsd", batch_size=count) for count in (1000, 4))
+    teacher = wide.teacher.embedding_width
+    assert not list(wide.terms["rsd"].sketch.buffers())
+    sketch = narrow.terms["rsd"].sketch
+    assert sketch.basis.shape == (teacher, 4)
+    assert torch.allclose(sketch.basis.T @ sketch.basis, torch.eye(4), atol=1e-5)
+    assert "terms.rsd.sketch.basis" in narrow.state_dict()
+    assert step(narrow.train(), batch("vit")).total.isfinite()
