@@ -19,7 +19,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.command()
 @click.argument("candidate", type=click.Path(path_type=Path, exists=True))
-@click.option("--baseline", type=click.Path(path_type=Path), help="Run directory, baseline or artifact folder to compare with.")
+@click.option("--baseline", type=click.Path(path_type=Path), help="Run directory, baseline, artifact or bundle to compare with.")
 @click.option(
     "--update-baseline", type=click.Path(path_type=Path), help="Keep the candidate as baseline here, whatever the verdict."
 )
@@ -46,7 +46,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Judge CANDIDATE (a run directory, baseline or artifact folder) by its budgets, and against a baseline.
+    """Judge CANDIDATE (a run directory, baseline, artifact folder or bundle) by its budgets, and against a baseline.
 
     Both are run again, side by side, in fresh processes. Exit codes: 0 passed, 1 a regression, 4 inconclusive: too noisy to judge.
     """

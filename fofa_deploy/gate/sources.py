@@ -1,8 +1,12 @@
-"""What is compared: run directories, baselines and artifact folders, all as the same few files per target."""
+"""What is compared: run directories, baselines, artifact folders and bundles, all as the same few files per target."""
 
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
+import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +22,11 @@ from fofa_deploy.measure import Candidate
 from fofa_deploy.profile import find_profile
 from fofa_deploy.report import read_report
 from fofa_deploy.results import Environment, RunReport
+from fofa_deploy.runner.receive import RefusedError, unpack
 from fofa_deploy.store import digest
 from fofa_deploy.types import Artifact, HardwareProfile, digest_file
 
-PLAN, ARTIFACT = "plan.json", "artifact.json"
+PLAN, ARTIFACT, GOLDEN = "plan.json", "artifact.json", "golden.npz"
 SPLITS = ("test", "validation")
 """Images to compare answers on; the first of them that a run has."""
 
@@ -84,10 +89,10 @@ class Source:
 
 
 def open_source(path: Path, profile: str | None = None) -> Source:
-    """Whatever ``path`` is: a run directory, a baseline (folder or JSON), or an artifact's folder.
+    """Whatever ``path`` is: a run directory, a baseline (folder or JSON), an artifact's folder, or a bundle.
 
     Args:
-        profile: name or path of the hardware profile of a bare artifact folder; a run brings its own.
+        profile: name or path of the hardware profile of a bare artifact or bundle; a run brings its own.
 
     Raises:
         UserError: it is none of these, or holds files that are not the recorded ones.
@@ -96,12 +101,15 @@ def open_source(path: Path, profile: str | None = None) -> Source:
         raise UserError(f"{path} does not exist", "check the path")
     if file := baseline_file(path):
         return _baseline(file)
+    if path.suffix == ".zip":
+        return _bundle(path, profile)
     if (path / PLAN).is_file():
         return _run(path)
     if (path / ARTIFACT).is_file():
         return _artifact(path, profile)
     raise UserError(
-        f"{path} is no run directory, baseline or artifact folder", f"give a folder with {PLAN}, baseline.json or {ARTIFACT}"
+        f"{path} is no run directory, baseline, artifact folder or bundle",
+        f"give a folder with {PLAN}, baseline.json or {ARTIFACT}, or a bundle's .zip",
     )
 
 
@@ -127,7 +135,7 @@ def _environment(report: RunReport) -> Environment:
 def _evidence(root: Path, plan: RunPlan) -> tuple[Path, Images | None]:
     found = (Images(root / "data" / name, root / "expected" / f"{name}.npy", plan.data.labelled) for name in SPLITS)
     images = next((i for i in found if (i.folder / "images.npy").is_file() and i.logits.is_file()), None)
-    return root / "graph" / "golden.npz", images
+    return root / "graph" / GOLDEN, images
 
 
 def _below(root: Path, relative: str) -> Path:
@@ -144,12 +152,27 @@ def _artifact(folder: Path, profile: str | None) -> Source:
     if root is None:
         hardware = find_profile(profile) if profile else None
         target = hardware.name if hardware else ""
-        golden = folder / "golden.npz"
+        golden = folder / GOLDEN
         return Source(folder, {target: Subject(target, artifact, hardware, golden if golden.is_file() else None)})
     plan, target = load_plan(str(root / PLAN)), folder.resolve().parent.name
     profiles = {found.name: found for found in map(find_profile, [*plan.targets, *([profile] if profile else [])])}
     hardware = profiles.get(target)
     return Source(folder, {target: Subject(target, artifact, hardware, *_evidence(root, plan))}, plan=plan)
+
+
+def _bundle(file: Path, profile: str | None) -> Source:
+    """The artifact and the golden inputs of a bundle, in a folder that lasts as long as the source; nothing of it is run."""
+    folder = Path(tempfile.mkdtemp(prefix="fofa-bundle-"))
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        try:
+            unpack(file, folder)
+            np.savez(folder / GOLDEN, images=np.load(folder / "golden.npy", allow_pickle=False))
+        except (RefusedError, OSError, ValueError) as error:
+            raise DataError(f"{file} is no bundle: {error}", "make it again with fofa-deploy bundle") from error
+        source = _artifact(folder, profile)
+        weakref.finalize(source, stack.pop_all().close)
+    return source
 
 
 def _baseline(file: Path) -> Source:

@@ -109,6 +109,7 @@ def write_bundle(candidate: Candidate, job: Job, out: Path) -> None:
     content: list[tuple[str, bytes | Path]] = [
         (GOLDEN, golden_images(candidate.golden)),
         (JOB, job.model_dump_json(indent=1).encode()),
+        ("artifact.json", artifact.model_dump_json(indent=1).encode()),
         ("sidecar.json", artifact.sidecar.model_dump_json(indent=1).encode()),
     ]
     _zip(out, [*_runner(), *content, *((record.path, artifact.folder / record.path) for record in artifact.files)])

@@ -72,7 +72,7 @@ def test_a_prompt_of_nothing_changes_nothing_and_another_does(kind):
 
 @pytest.mark.parametrize(("student", "teacher"), [("cnn", "nhwc"), ("nhwc", "tokens"), ("tokens", "cnn")])
 def test_every_kind_teaches_and_learns(student, teacher):
-    plan = DistillPlan(method="fofa+rsd", fofa={"width": 8, "heads": 2, "regions": 4})
+    plan = DistillPlan(method="fofa+rsd", fofa={"width": 8, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4)})
     made = Objective(built(student), built(teacher), plan).train()
     optimizer = torch.optim.AdamW(made.parameter_groups(1e-3, 0.05))
     before = {name: p.detach().clone() for name, p in made.student.named_parameters()}
@@ -82,7 +82,7 @@ def test_every_kind_teaches_and_learns(student, teacher):
         losses.total.backward()
         optimizer.step()
         assert losses.total.isfinite()
-    assert len(made.features.prompts) == min(len(made.student.stages), len(made.teacher.stages))
+    assert len(made.terms["fofa"].prompts) == min(len(made.student.stages), len(made.teacher.stages))
     assert not [name for name, p in made.student.named_parameters() if torch.equal(p, before[name])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -198,6 +199,28 @@ def test_bare_artifacts_need_a_profile_and_inputs(tmp_path):
     assert "--profile" in caught.value.action
     with pytest.raises(DataError, match="nothing to run"):
         check(folder, None, Quiet(), Options(profile="cpu-onnxruntime"))
+
+
+def test_a_bundle_is_a_side_like_any_other_and_leaves_nothing(baseline_run, tmp_path, monkeypatch):
+    packed, unpacked = tmp_path / "packed.zip", tmp_path / "unpacked"
+    unpacked.mkdir()
+    done = run_cli("bundle", baseline_run, "--out", packed)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr("tempfile.tempdir", str(unpacked))
+    report, _ = check(packed, baseline_run, Quiet())
+    assert report.verdict is Verdict.PASS
+    assert found(report, "top-1").candidate == found(report, "top-1").baseline
+    gc.collect()
+    assert list(unpacked.iterdir()) == []
+
+
+def test_what_is_no_bundle_is_told_and_leaves_nothing(baseline_run, tmp_path, monkeypatch):
+    (tmp_path / "no.zip").write_bytes(b"PK\x03\x04 and no more")
+    (tmp_path / "unpacked").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "unpacked"))
+    with pytest.raises(DataError, match=r"no\.zip is no bundle"):
+        check(tmp_path / "no.zip", baseline_run, Quiet())
+    assert list((tmp_path / "unpacked").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty"])
