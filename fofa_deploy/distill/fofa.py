@@ -56,6 +56,11 @@ class FeatureBranch(Term):
         return self.teacher_stages[min(map(int, self.prompts))] if self._bends_teacher else None
 
     @property
+    def due(self) -> bool:
+        """Whether the prompts take part in the coming step; in training, one out of ``prompt_every`` does."""
+        return not self.training or int(self.steps) % self._plan.prompt_every == 0
+
+    @property
     def _bends_teacher(self) -> bool:
         return len(self.prompts) > 0 and self._plan.path == "teacher"
 
@@ -68,7 +73,9 @@ class FeatureBranch(Term):
         aligned = self.align(lesson.student, targets)
         if not self.prompts:
             return {"fofa": self._distance(aligned, targets)}
-        if not self._prompted_step():
+        due = self.due
+        self.steps += self.training
+        if not due:
             return {"fofa": self._distance(aligned, targets), "regularizer": _nothing(self.prompts)}
         return self._beside(aligned, targets) if self._plan.path == "side" else self._within(lesson, aligned, targets)
 
@@ -134,14 +141,6 @@ class FeatureBranch(Term):
         regions = self.attention([student.maps[index] for index in self.student_stages])
         sizes = [(grid.shape[-2], grid.shape[-1]) for grid in targets]
         return tuple(align(tokens, size) for align, tokens, size in zip(self.aligners, regions, sizes, strict=True))
-
-    def _prompted_step(self) -> bool:
-        """Whether the prompts take part in this step; in training, one out of ``prompt_every`` does."""
-        if not self.training:
-            return True
-        due = int(self.steps) % self._plan.prompt_every == 0
-        self.steps += 1
-        return due
 
     def _followed(self, bent: Tensor) -> Tensor:
         """The same values, with a share of the gradient to the prompts: none, and they learn from the other terms alone."""

@@ -92,7 +92,7 @@ class Objective(nn.Module):
     def _recording(self, images: Tensor) -> AbstractContextManager[None]:
         """Keep of the plain pass what the prompted pass shares with it, where there will be one on the same images."""
         branch = self._branch
-        if branch is None or branch.first_prompt is None or self.plan.fofa.prompt_share < 1:
+        if branch is None or branch.first_prompt is None or not branch.due or self.plan.fofa.prompt_share < 1:
             return nullcontext()
         if self._prefix is None:
             self._prefix = Prefix(self._frozen[0], branch.first_prompt, images[:1])
