@@ -9,6 +9,7 @@ from typing import Any
 from make import Job
 
 SCRIPT = """
+import numpy as np
 import torch
 from olive.data.registry import Registry
 
@@ -67,7 +68,9 @@ def _workflow(job: Job, out: Path, chosen: dict[str, Any], more: dict[str, Any])
             **more,
         }
     )
-    found = max((scratch / "out").rglob("*.onnx"), key=lambda path: path.stat().st_mtime)
+    found = next((scratch / "out").rglob("*.onnx"), None)
+    if found is None:
+        raise RuntimeError("Olive wrote no model; its log above says why")
     main = out / "model.onnx"
     shutil.move(found, main)
     shutil.rmtree(scratch)
