@@ -66,5 +66,8 @@ def _folder(job: Job, out: Path) -> Path:
 
 
 def _only(out: Path, name: str) -> Path:
+    """Optimum leaves the graph that it calibrated with beside its result."""
     shutil.rmtree(out / "source")
+    for other in set(out.glob("*.onnx")) - {out / name}:
+        other.unlink()
     return out / name
