@@ -31,8 +31,8 @@ def precision_problem(artifact: Artifact) -> str:
     return f"asked for {artifact.recipe.precision}, but the layers with weights run in {found}"
 
 
-def accuracy_problem(precision: Precision, found: Verification, budget: AccuracyPlan, expected_top1: float | None) -> str:
-    """Why an artifact misses the accuracy budget; ``expected_top1`` is PyTorch's on the same labelled images."""
+def accuracy_problem(precision: Precision, found: Verification, budget: AccuracyPlan) -> str:
+    """Why an artifact misses the accuracy budget."""
     if not found.golden.finite or (found.whole and not found.whole.finite):
         return "gives NaN or infinity"
     limit, error = FLOAT_TOLERANCE.get(precision), found.golden.relative_error
@@ -41,9 +41,9 @@ def accuracy_problem(precision: Precision, found: Verification, budget: Accuracy
         return f"relative error {found_error} on the golden inputs, {limit:g} is allowed for {precision}"
     if found.whole is None:
         return _agreement_problem(found.golden, budget)
-    if found.whole.top1 is None or expected_top1 is None:
+    if found.whole.top1 is None or found.expected_top1 is None:
         return _agreement_problem(found.whole, budget)
-    return _top1_problem(found.whole.top1, expected_top1, budget)
+    return _top1_problem(found.whole.top1, found.expected_top1, budget)
 
 
 def elsewhere_problem(precision: Precision, there: Comparison, here: Comparison | None, budget: AccuracyPlan) -> str:
@@ -52,7 +52,7 @@ def elsewhere_problem(precision: Precision, there: Comparison, here: Comparison 
     An int8 artifact that passed here need not be exact there, only as good: its few golden inputs are no accuracy test.
     """
     if precision in FLOAT_TOLERANCE or here is None or here.relative_error is None or not there.finite:
-        return accuracy_problem(precision, Verification(golden=there), budget, None)
+        return accuracy_problem(precision, Verification(golden=there), budget)
     limit = ELSEWHERE * here.relative_error + FLOAT_TOLERANCE[Precision.FP32]
     if not (there.relative_error is not None and there.relative_error <= limit):
         return f"relative error {there.relative_error} on the golden inputs there, {here.relative_error:.2g} here"
@@ -71,6 +71,11 @@ def _top1_problem(top1: float, expected: float, budget: AccuracyPlan) -> str:
     if not top1 >= budget.min_top1:
         return f"top-1 {top1:.2%} on validation, below the floor of {budget.min_top1:.2%}"
     return ""
+
+
+def size_problem(row: TargetRow, budget: Budget) -> str:
+    """Why a built artifact is too large; all that can be known before it is timed."""
+    return budget_problem(row, Budget(size_bytes=budget.size_bytes))
 
 
 def budget_problem(row: TargetRow, budget: Budget) -> str:

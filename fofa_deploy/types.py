@@ -176,6 +176,8 @@ class Calibration(Frozen):
     images: Path = Field(description=".npy file, uint8 (N,C,H,W)")
     preprocessing: Preprocessing
     input_name: str
+    statistics: Path | None = Field(default=None, description="folder of what the graph does on them, when that is known already")
+    sensitivity: Path | None = Field(default=None, description="folder of what quantizing each layer does, likewise")
 
     def batches(self, size: int) -> Iterator[Feeds]:
         """Feeds of at most ``size`` normalized images each, in file order."""
@@ -193,7 +195,21 @@ class Recipe(Frozen):
     precision: Precision = Field(description="what the layers with weights must really run in")
     description: str
     needs_calibration: bool = False
+    observes: Literal["nothing", "statistics", "sensitivity"] = Field(
+        default="nothing",
+        description="what it wants to know that is found out once for all recipes; the last includes the one before",
+    )
+    family: str = Field(
+        default="",
+        description="recipes of one family run the same kernels, and so have one latency: they differ in the numbers alone; "
+        "a family of its own when empty",
+    )
     options: dict[str, Scalar] = {}
+
+    @property
+    def kin(self) -> str:
+        """The name of its family."""
+        return self.family or self.name
 
 
 class Layer(Frozen):

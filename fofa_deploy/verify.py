@@ -7,14 +7,19 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from fofa_deploy.backend import Session, float_recipe, get_backend
+from fofa_deploy.config import AccuracyPlan
 from fofa_deploy.errors import BuildError, GraphError
-from fofa_deploy.metrics import Labels, Logits, compare
+from fofa_deploy.metrics import Labels, Logits, compare, topk
 from fofa_deploy.results import Comparison
-from fofa_deploy.types import Artifact, Frozen, Graph, HardwareProfile
+from fofa_deploy.types import Artifact, Fraction, Frozen, Graph, HardwareProfile
 
 CHECKED_BATCHES = (1, 2, 8)
+FIRST_PART, SIGMAS = 256, 4.0
+"""Images after which a hopeless artifact is first given up, and how sure that has to be."""
+
 GRAPH_TOLERANCE = 1e-3
 """Largest relative L2 error of a float graph in another runtime; rounding alone stays below 1e-4."""
 
@@ -27,13 +32,15 @@ class VerifyRequest(Frozen):
     expected: Path | None = None
     labelled: bool = True
     batch_size: int = 32
+    budget: AccuracyPlan | None = Field(default=None, description="stop reading the split once this is missed beyond doubt")
 
 
 class Verification(Frozen):
-    """``whole`` is over the split that was asked for."""
+    """``whole`` is over the split that was asked for, or as much of it as it took to see that the budget is missed."""
 
     golden: Comparison
     whole: Comparison | None = None
+    expected_top1: Fraction | None = Field(default=None, description="PyTorch's on the same labelled images")
 
 
 def verify(request: VerifyRequest) -> Verification:
@@ -48,11 +55,38 @@ def verify(request: VerifyRequest) -> Verification:
         golden = compare_golden(session, artifact, request.golden)
         if request.split is None or request.expected is None:
             return Verification(golden=golden)
-        images = np.load(request.split / "images.npy", mmap_mode="r", allow_pickle=False)
-        labels: Labels = np.load(request.split / "labels.npy", allow_pickle=False)
-        expected: Logits = np.load(request.expected, allow_pickle=False)
-        logits = run_all(session, artifact, images, request.batch_size)
-    return Verification(golden=golden, whole=compare(logits, expected, labels if request.labelled else None))
+        return _verify_split(request, request.split, request.expected, session, artifact, golden)
+
+
+def _verify_split(
+    request: VerifyRequest, split: Path, answers: Path, session: Session, artifact: Artifact, golden: Comparison
+) -> Verification:
+    """In growing parts, each time four times as much."""
+    images = np.load(split / "images.npy", mmap_mode="r", allow_pickle=False)
+    labels: Labels = np.load(split / "labels.npy", allow_pickle=False)
+    expected: Logits = np.load(answers, allow_pickle=False)
+    logits = np.empty_like(expected, np.float32)
+    read, size = 0, FIRST_PART
+    while True:
+        end = min(size, len(images))
+        logits[read:end] = run_all(session, artifact, images[read:end], request.batch_size)
+        known = labels[:end] if request.labelled else None
+        found = compare(logits[:end], expected[:end], known)
+        top1 = None if known is None else topk(expected[:end], known, 1)
+        if end == len(images) or (request.budget and _beyond_doubt(found, top1, request.budget)):
+            return Verification(golden=golden, whole=found, expected_top1=top1)
+        read, size = end, 4 * end
+
+
+def _beyond_doubt(found: Comparison, expected_top1: float | None, budget: AccuracyPlan) -> bool:
+    """Whether the budget is missed by more than ``SIGMAS`` standard errors of what it is judged by."""
+    if not found.finite:
+        return True
+    changed = 1 - found.agreement
+    if found.top1 is None or expected_top1 is None:
+        return bool(found.agreement + SIGMAS * float(np.sqrt(changed * found.agreement / found.samples)) < budget.min_agreement)
+    # Only images on which the two disagree can move the difference of their accuracies.
+    return bool(expected_top1 - found.top1 - SIGMAS * float(np.sqrt(changed / found.samples)) > budget.max_top1_drop)
 
 
 def run_all(session: Session, artifact: Artifact, images: NDArray[np.uint8], batch_size: int) -> Logits:

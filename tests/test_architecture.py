@@ -37,12 +37,15 @@ RANK = {part: number for number, line in enumerate(LINES) for part in line}
 TORCH = {"models", "inference", "capture", "distill"}
 FRAMEWORKS = {"torch", "timm", "torchvision", "accelerate"}
 LAZY_TIMM = {"data"}  # timm.data opens data sets, inside one function
+QUANTIZATION = (".__init__", ".observed", ".prepare", ".ranges", ".recipes", ".recover", ".scheme", ".sensitivity", ".statistics", ".writer")
 RUNTIMES = {
     "_device": set(),
     "_engine": {"onnx"},
     "_onnx": {"onnx", "onnxruntime"},
     "onnxruntime": {"onnx", "onnxruntime"},
     "openvino": {"openvino", "nncf"},
+    "_typed": {"onnx"},
+    **{f"_quantization{part}": {"onnx", "onnxruntime"} for part in QUANTIZATION},
     "reference": {"onnx"},
     "tensorrt": {"onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
 }
@@ -234,7 +237,7 @@ def test_every_path_on_the_page_exists():
     assert named
     assert {name for name in named if not (ROOT / name).exists()} == set()
     backends = set(re.search(r"fofa_exporters/\{([\w,]+)\}\.py", ARCHITECTURE)[1].split(","))
-    assert backends == RUNTIMES.keys()
+    assert backends | {"_quantization"} == {name.partition(".")[0] for name in RUNTIMES}
 
 
 def test_the_page_is_one_page():

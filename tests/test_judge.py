@@ -23,8 +23,8 @@ def compared(**figures) -> Comparison:
 
 
 def judged(precision=INT8, golden=None, whole=None, expected=None) -> str:
-    found = Verification.model_construct(golden=golden or compared(), whole=whole)
-    return accuracy_problem(precision, found, BUDGET, expected)
+    found = Verification.model_construct(golden=golden or compared(), whole=whole, expected_top1=expected)
+    return accuracy_problem(precision, found, BUDGET)
 
 
 @pytest.mark.parametrize(("top1", "good"), [(1.0, True), (0.75, True), (0.749, False), (0.0, False), (nan, False)])

@@ -1,4 +1,4 @@
-"""What the ONNX-based back ends share: reading a graph safely, asking about it, and static Q/DQ quantization."""
+"""What the ONNX-based back ends share: reading a graph safely, and asking about it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import uses_external_data
 
-from fofa_deploy.errors import BuildError, DataError, GraphError, IntegrityError
-from fofa_deploy.types import Calibration, Feeds, Graph, Recipe, digest_file
+from fofa_deploy.errors import GraphError, IntegrityError
+from fofa_deploy.types import Graph, digest_file
 
 DOMAINS = frozenset({"", "ai.onnx"})
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-PRODUCTS = tuple(sorted(WEIGHTED))
-CALIBRATION_BATCH = 8
-MIN_CALIBRATION_IMAGES = 8
 _EXPORT_AGAIN = "capture the model again as one standard ONNX file; custom operators and external data are not taken"
 
 
@@ -102,10 +96,10 @@ def constants(graph: onnx.GraphProto) -> set[str]:
     return known
 
 
-def weighted_nodes(model: onnx.ModelProto) -> list[str]:
-    """Names of the convolutions and matrix products with constant weights: the layers that cost."""
+def weighted(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The convolutions and matrix products with constant weights: the layers that cost."""
     known = constants(model.graph)
-    return [node.name for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in known]
+    return [node for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in known]
 
 
 def is_transformer(model: onnx.ModelProto) -> bool:
@@ -117,99 +111,7 @@ def is_transformer(model: onnx.ModelProto) -> bool:
     )
 
 
-# --- quantizing ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How ``quantize_static`` writes its Q/DQ pairs. Weights are always signed, symmetric and per channel."""
-
-    signed_activations: bool = False
-    """Signed activations are symmetric as well; unsigned ones have a zero point."""
-    seven_bit_weights: bool = False
-    """Weights in -64..63, so that pairs of u8 x s8 products never saturate 16 bits on CPUs without VNNI."""
-    weighted_only: bool = False
-    """Leave everything but ``weighted_nodes`` alone."""
-    float_outputs: tuple[str, ...] = ()
-    """Operators whose outputs are left in float."""
-    quantize_bias: bool = True
-
-
-class Reader:
-    """onnxruntime's CalibrationDataReader: one batch at a time, so that the images never sit in memory at once."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        self._batches = calibration.batches(CALIBRATION_BATCH)
-
-    def get_next(self) -> Feeds | None:
-        return next(self._batches, None)
-
-
-def require_calibration(recipe: Recipe, calibration: Calibration | None) -> Calibration:
-    """The calibration images, refused when they would give meaningless ranges without any runtime complaining.
-
-    Raises:
-        BuildError: none were given.
-        DataError: too few of them, or all of one value.
-    """
-    if calibration is None:
-        raise BuildError(f"recipe {recipe.name!r} needs calibration images and got none", "add calibration images to the plan")
-    images = np.load(calibration.images, mmap_mode="r", allow_pickle=False)
-    if len(images) < MIN_CALIBRATION_IMAGES:
-        found = f"{calibration.images} holds {len(images)} images, fewer than {MIN_CALIBRATION_IMAGES}"
-        raise DataError(found, "calibrate on more real images")
-    varied = sum(int(image.min() != image.max()) for image in images)
-    if varied < MIN_CALIBRATION_IMAGES:
-        found = f"all but {varied} images of {calibration.images} are of one constant value"
-        raise DataError(found, "calibrate on real, varied images")
-    return calibration
-
-
-def prepare(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """Fold and annotate a graph for onnxruntime's quantizer, and write it to ``path``."""
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    source = path.with_suffix(".source.onnx")
-    onnx.save(model, source)  # a model given in memory is cut into external files, which onnxruntime then cannot read
-    with quiet():
-        # Symbolic inference needs sympy and gives up on some ViTs; plain inference annotates every tensor of both kinds here.
-        quant_pre_process(source, path, skip_symbolic_shape=True)
-    return _name_nodes(path)
-
-
-def quantize_static(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme, destination: Path) -> None:
-    """Write ``model`` with Q/DQ pairs, ranges taken from streamed calibration images, to ``destination``."""
-    from onnxruntime.quantization import QuantType, quantize_static
-
-    options = {
-        "ActivationSymmetric": scheme.signed_activations,
-        "WeightSymmetric": True,
-        "QuantizeBias": scheme.quantize_bias,
-        "OpTypesToExcludeOutputQuantization": list(scheme.float_outputs),
-    }
-    with TemporaryDirectory() as scratch, quiet():
-        source = Path(scratch) / "prepared.onnx"
-        prepared = prepare(model, source)
-        quantize_static(
-            source,
-            destination,
-            Reader(calibration),
-            nodes_to_quantize=weighted_nodes(prepared) if scheme.weighted_only else None,
-            per_channel=True,
-            reduce_range=scheme.seven_bit_weights,
-            activation_type=QuantType.QInt8 if scheme.signed_activations else QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options=options,
-        )
-
-
-def _name_nodes(path: Path) -> onnx.ModelProto:
-    """onnxruntime's quantizer picks nodes by name, and exporters may leave names out."""
-    model = onnx.load(path)
-    for index, node in enumerate(model.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"
-    onnx.save(model, path)
-    return model
+# --- silence ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from fofa_deploy.errors import BackendError, BuildError
 from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Layer, LayerTime, Precision, Probe, Recipe
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
+from fofa_exporters._quantization import Scheme, prepare, quantized, require_calibration
+from fofa_exporters._quantization.recipes import SMOOTHING, grown
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 REFUSALS: tuple[type[Exception], ...] = (
@@ -122,8 +124,13 @@ DYNAMIC = Recipe(
 
 
 def _static(name: str, description: str, **options: bool) -> Recipe:
-    fields = {"name": name, "description": f"u8 activations, s8 weights per channel, Q/DQ; {description}"}
-    return Recipe(precision=Precision.INT8, needs_calibration=True, options={"method": "static", **options}, **fields)
+    return Recipe(
+        name=name,
+        precision=Precision.INT8,
+        description=f"u8 activations, s8 weights per channel, Q/DQ; {description}",
+        needs_calibration=True,
+        options={"method": "static", **options},
+    )
 
 
 FULL = _static("int8-u8s8-per-channel", "full eight bits: for CPUs with VNNI or Arm dot products")
@@ -131,7 +138,7 @@ SEVEN = _static("int8-u8s7-per-channel", "weights in seven bits, which cannot sa
 EXACT = _static("int8-u8s8-per-channel-exact", "run by the u8 x u8 kernels, exact without VNNI", exact_kernels=True)
 _STATIC = {
     Products.EXACT: [FULL],
-    # Fastest first. Full width on the fast kernels is as fast as seven bits and loses accuracy for nothing: not offered.
+    # Full width on the fast kernels is as fast as seven bits and loses accuracy for nothing: not offered.
     Products.SATURATING: [SEVEN, EXACT],
     Products.UNKNOWN: [SEVEN, EXACT, FULL],
 }
@@ -142,12 +149,14 @@ def _int8(profile: HardwareProfile, transformer: bool) -> list[Recipe]:
     saturating = _device.products(profile) is not Products.EXACT
     static = _STATIC[_device.products(profile)]
     if not transformer:
-        return static
-    return [*map(_weighted_only, static), _seven_bit(DYNAMIC) if saturating else DYNAMIC]
+        return grown(static)
+    dynamic = _seven_bit(DYNAMIC) if saturating else DYNAMIC
+    return [dynamic, *grown(map(_weighted_only, static), smoothing=SMOOTHING)]
 
 
 def _weighted_only(recipe: Recipe) -> Recipe:
-    options = {**recipe.options, "weighted_only": True}
+    # A float output lets the runtime fuse dequantizing into the product instead of rounding between two floats.
+    options = {**recipe.options, "weighted_only": True, "float_outputs": True}
     return recipe.model_copy(update={"name": f"{recipe.name}-weighted-only", "options": options})
 
 
@@ -163,14 +172,7 @@ def _copy(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibration: Cal
 
 
 def _write_static(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None, main: Path) -> None:
-    weighted_only = bool(recipe.options.get("weighted_only"))
-    scheme = _onnx.Scheme(
-        seven_bit_weights=bool(recipe.options.get("seven_bit_weights")),
-        weighted_only=weighted_only,
-        # A float output lets the runtime fuse dequantizing into the product instead of rounding between two floats.
-        float_outputs=("MatMul", "Gemm") if weighted_only else (),
-    )
-    _onnx.quantize_static(model, _onnx.require_calibration(recipe, calibration), scheme, main)
+    onnx.save(quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe)), main)
 
 
 def _write_dynamic(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None, main: Path) -> None:
@@ -178,7 +180,7 @@ def _write_dynamic(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibra
 
     with TemporaryDirectory() as scratch, _onnx.quiet():
         source = Path(scratch) / "prepared.onnx"
-        _onnx.prepare(model, source)
+        onnx.save(prepare(model), source)
         quantize_dynamic(
             source,
             main,

@@ -33,6 +33,8 @@ from fofa_deploy.types import (
 )
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
+from fofa_exporters._quantization import Scheme, quantized, require_calibration
+from fofa_exporters._quantization.recipes import SMOOTHING, grown
 
 HINTS = {Precision.FP32: ov.Type.f32, Precision.BF16: ov.Type.bf16, Precision.FP16: ov.Type.f16}
 _PRECISIONS = {"f32": Precision.FP32, "bf16": Precision.BF16, "f16": Precision.FP16, "i8": Precision.INT8, "u8": Precision.INT8}
@@ -84,9 +86,7 @@ class OpenVinoBackend:
         _onnx.read(graph)
         main = out / "model.xml"
         try:
-            model = ov.Core().read_model(graph.path)
-            if recipe.precision is Precision.INT8:
-                model = _quantize(model, recipe, _onnx.require_calibration(recipe, calibration))
+            model = _read(graph, recipe, calibration)
             ov.save_model(model, main, compress_to_fp16=False)
             layers = layer_table(_compile(main, recipe, threads=None))
         except (RuntimeError, BackendError) as error:
@@ -127,13 +127,28 @@ FP32 = _float("fp32", Precision.FP32)
 
 
 def _int8(profile: HardwareProfile, transformer: bool, floats: Sequence[Recipe]) -> list[Recipe]:
-    """NNCF's preset on top of the fastest float the device has, and one with seven-bit weights where products saturate."""
+    """NNCF's presets and our own pairs, on top of the fastest float the device has; seven-bit weights where products saturate."""
     rest = floats[0].precision if floats else Precision.FP32
+    exact = profile.device.kind != "cpu" or _device.products(profile) is Products.EXACT
     plain = _nncf("int8-nncf-transformer" if transformer else "int8-nncf", rest, transformer=transformer)
-    if profile.device.kind != "cpu" or _device.products(profile) is Products.EXACT:
-        return [plain]
+    pairs = grown([_pairs(rest, transformer, seven_bit_weights=not exact)], smoothing=SMOOTHING if transformer else 0.0)
+    if exact:
+        return [plain, *pairs]
     safe = _nncf(f"{plain.name}-s7", rest, transformer=transformer, seven_bit_weights=True)
-    return [safe, plain]  # as fast, and closer to fp32 wherever products saturate
+    return [safe.model_copy(update={"family": plain.name}), plain.model_copy(update={"family": plain.name}), *pairs]
+
+
+def _pairs(rest: Precision, transformer: bool, *, seven_bit_weights: bool) -> Recipe:
+    """Q/DQ pairs in ONNX, which OpenVINO lowers itself; of a transformer, around the products with constant weights alone."""
+    options: dict[str, Scalar] = {"weighted_only": True, "float_outputs": True} if transformer else {}
+    width = "seven" if seven_bit_weights else "eight"
+    return Recipe(
+        name="int8-qdq-u8s7" if seven_bit_weights else "int8-qdq-u8s8",
+        precision=Precision.INT8,
+        description=f"u8 activations, {width}-bit weights per channel, Q/DQ, rest {rest}",
+        needs_calibration=True,
+        options={"method": "qdq", "inference_precision": str(rest), "seven_bit_weights": seven_bit_weights, **options},
+    )
 
 
 def _nncf(name: str, rest: Precision, **options: bool) -> Recipe:
@@ -203,6 +218,16 @@ def _check_bound(compiled: Any, device: str, wanted: Any) -> None:  # noqa: ANN4
 
 
 # --- quantizing ---------------------------------------------------------------------------------------------------
+
+
+def _read(graph: Graph, recipe: Recipe, calibration: Calibration | None) -> Any:  # noqa: ANN401 - openvino is untyped
+    """The graph as OpenVINO's model, quantized where the recipe says so."""
+    if recipe.precision is not Precision.INT8:
+        return ov.Core().read_model(graph.path)
+    images = require_calibration(recipe, calibration)
+    if recipe.options.get("method") == "qdq":
+        return ov.Core().read_model(quantized(_onnx.read(graph), images, Scheme.of(recipe)).SerializeToString())
+    return _quantize(ov.Core().read_model(graph.path), recipe, images)
 
 
 class Samples(Sized):

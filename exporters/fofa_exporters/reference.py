@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
 
 def layer_table(model: onnx.ModelProto) -> tuple[Layer, ...]:
     """One row per node. Precision is exactly what the graph says: the evaluator changes nothing."""
-    weighted = set(_onnx.weighted_nodes(model))
+    weighted = {node.name for node in _onnx.weighted(model)}
     return tuple(
         Layer(name=node.name, operator=node.op_type, precision=Precision.FP32, weighted=node.name in weighted)
         for node in model.graph.node

@@ -12,7 +12,6 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType, TracebackType
 from typing import Any, ClassVar, Self
 
@@ -34,8 +33,10 @@ from fofa_deploy.types import (
     Recipe,
     Scalar,
 )
-from fofa_exporters import _device, _onnx
+from fofa_exporters import _device, _onnx, _typed
 from fofa_exporters._engine import inspector_layers, network_layers, typed_layers
+from fofa_exporters._quantization import Scheme, quantized, require_calibration
+from fofa_exporters._quantization.recipes import grown
 
 ENGINE = "model.engine"
 
@@ -49,7 +50,7 @@ class _Family:
     name: ClassVar[str]
     package: ClassVar[str]
     builds_without_gpu: ClassVar[bool]
-    precisions = frozenset({Precision.FP32, Precision.FP16, Precision.INT8})
+    precisions = frozenset({Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8})
 
     def probe(self, profile: HardwareProfile) -> Probe:
         if self._builds_there(profile):
@@ -69,11 +70,11 @@ class _Family:
         batch: dict[str, Scalar] = {"max_batch": max(profile.execution.batch_sizes)}
         if self._builds_there(profile):
             batch["on_device"] = True
-        offered = [recipe for recipe in (FP16, INT8, FP32) if recipe.precision in profile.precisions]
+        offered = [recipe for recipe in (FP16, BF16, *grown([INT8]), FP32) if recipe.precision in profile.precisions]
         return [recipe.model_copy(update={"options": {**recipe.options, **batch}}) for recipe in offered]
 
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
-        typed = _typed(_onnx.read(graph), recipe, calibration)
+        typed = _written(_onnx.read(graph), recipe, calibration)
         if recipe.options.get("on_device"):
             main, versions = out / "model.onnx", {"onnx": onnx.__version__}
             onnx.save(typed, main)
@@ -138,12 +139,15 @@ class TensorRtRtxBackend(_Family):
 
 
 FP16 = Recipe(name="fp16", precision=Precision.FP16, description="weights and activations in half precision, fp32 in and out")
+BF16 = Recipe(name="bf16", precision=Precision.BF16, description="weights and activations in bfloat16, fp32 in and out")
 FP32 = Recipe(name="fp32", precision=Precision.FP32, description="full precision, TF32 off")
 INT8 = Recipe(
     name="int8-qdq-symmetric",
     precision=Precision.INT8,
     description="convolutions and constant matrix products in signed symmetric int8 per channel, rest fp32",
     needs_calibration=True,
+    # The parser takes no int32 bias behind a DequantizeLinear, and no zero points other than 0.
+    options={"signed_activations": True, "weighted_only": True, "float_outputs": True, "quantize_bias": False},
 )
 
 
@@ -154,32 +158,28 @@ def _as_it_is(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration |
     return model
 
 
-def _half(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    with _onnx.quiet():
-        half: onnx.ModelProto = convert_float_to_float16(model, keep_io_types=True)
-    return half
+def _narrow(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
+    return _typed.typed(model, recipe.precision)
 
 
 def _integer(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
-    # The parser takes no int32 bias behind a DequantizeLinear, and no zero points other than 0.
-    scheme = _onnx.Scheme(signed_activations=True, weighted_only=True, float_outputs=_onnx.PRODUCTS, quantize_bias=False)
-    with TemporaryDirectory() as scratch:
-        path = Path(scratch) / "typed.onnx"
-        _onnx.quantize_static(model, _onnx.require_calibration(recipe, calibration), scheme, path)
-        return onnx.load(path)
+    return quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe))
 
 
 Writer = Callable[[onnx.ModelProto, Recipe, Calibration | None], onnx.ModelProto]
-_TYPED: dict[Precision, Writer] = {Precision.FP32: _as_it_is, Precision.FP16: _half, Precision.INT8: _integer}
+_WRITERS: dict[Precision, Writer] = {
+    Precision.FP32: _as_it_is,
+    Precision.FP16: _narrow,
+    Precision.BF16: _narrow,
+    Precision.INT8: _integer,
+}
 
 
-def _typed(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
-    if recipe.precision not in _TYPED:
-        raise BuildError(f"TensorRT is not built in {recipe.precision} here", f"ask for one of {', '.join(_TYPED)}")
+def _written(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
+    if recipe.precision not in _WRITERS:
+        raise BuildError(f"TensorRT is not built in {recipe.precision} here", f"ask for one of {', '.join(_WRITERS)}")
     try:
-        return _TYPED[recipe.precision](model, recipe, calibration)
+        return _WRITERS[recipe.precision](model, recipe, calibration)
     except (ValueError, RuntimeError) as error:
         raise BuildError(f"the graph cannot be written in {recipe.precision}: {error}", "try another recipe") from error
 

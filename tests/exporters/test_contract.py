@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,8 +32,16 @@ def _cases() -> list[tuple[str, str, str]]:
             (name, kind, recipe.name)
             for name in backend_names()
             for kind, graph in graphs.items()
-            for recipe in get_backend(name).recipes(profile_for(name), graph)
+            for recipe in _apart(get_backend(name).recipes(profile_for(name), graph))
         ]
+
+
+def _apart(recipes: Sequence[Recipe]) -> list[Recipe]:
+    """One of every family, and one more with other numbers; the families of mixed precision differ in a share alone."""
+    families = {recipe.kin: recipe for recipe in reversed(recipes)}
+    shares = sorted({recipe.options.get("float_share", 0.0) for recipe in recipes})
+    recovered = [recipe for recipe in recipes if recipe.options.get("learned_rounding")][:1]
+    return [*(r for r in families.values() if r.options.get("float_share", 0.0) in shares[:2]), *recovered]
 
 
 @pytest.fixture(params=_cases(), ids="-".join, scope="session")

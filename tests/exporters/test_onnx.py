@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 
 from fofa_deploy.backend import backend_names, get_backend
-from fofa_deploy.errors import BuildError, DataError, GraphError, IntegrityError
-from fofa_deploy.types import Calibration, Graph, Precision, Recipe
+from fofa_deploy.errors import GraphError, IntegrityError
+from fofa_deploy.types import Graph, Precision, Recipe
 from fofa_exporters import _onnx
 
-from .conftest import PREPROCESSING, Captured, images, profile_for, stand_in, write_sidecar
-
-INT8 = Recipe(name="int8", precision=Precision.INT8, description="any", needs_calibration=True)
+from .conftest import Captured, profile_for, stand_in, write_sidecar
 
 
 def _external(folder: Path) -> Graph:
@@ -98,31 +95,4 @@ def test_tells_transformers_from_cnns(captured: dict[str, Captured]):
 def test_attention_products_are_not_weighted(captured: dict[str, Captured]):
     model = _onnx.read(captured["vit"].graph)
     products = [node for node in model.graph.node if node.op_type in _onnx.WEIGHTED]
-    assert len(products) - len(_onnx.weighted_nodes(model)) == 2 * 2, "two blocks, each with q x k and attention x v"
-
-
-def _calibration(folder: Path, pixels: np.ndarray) -> Calibration:
-    np.save(folder / "images.npy", pixels)
-    return Calibration(images=folder / "images.npy", preprocessing=PREPROCESSING, input_name="images")
-
-
-def test_calibration_is_required():
-    with pytest.raises(BuildError, match="calibration"):
-        _onnx.require_calibration(INT8, None)
-
-
-@pytest.mark.parametrize("count", [0, 1, 7])
-def test_tiny_calibration_is_refused(count: int, tmp_path: Path):
-    with pytest.raises(DataError, match="fewer than"):
-        _onnx.require_calibration(INT8, _calibration(tmp_path, images(max(count, 1), 0)[:count]))
-
-
-def test_constant_calibration_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="constant"):
-        _onnx.require_calibration(INT8, _calibration(tmp_path, np.zeros((32, 3, 8, 8), np.uint8)))
-
-
-def test_calibration_is_streamed(tmp_path: Path):
-    reader = _onnx.Reader(_calibration(tmp_path, images(20, 0)))
-    sizes = [len(feeds["images"]) for feeds in iter(reader.get_next, None)]
-    assert sizes == [8, 8, 4]
+    assert len(products) - len(_onnx.weighted(model)) == 2 * 2, "two blocks, each with q x k and attention x v"

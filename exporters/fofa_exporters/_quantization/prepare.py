@@ -1,0 +1,25 @@
+"""The graph that quantization starts from: constants and BatchNorm folded, tensors typed and shaped, nodes named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+
+from fofa_exporters import _onnx
+
+
+def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A float graph with the same outputs, up to rounding."""
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    with TemporaryDirectory() as scratch, _onnx.quiet():
+        source, target = Path(scratch) / "source.onnx", Path(scratch) / "prepared.onnx"
+        onnx.save(model, source)  # a model given in memory is cut into external files, which onnxruntime then cannot read
+        # Symbolic inference needs sympy and gives up on some ViTs; plain inference annotates every tensor of both kinds here.
+        quant_pre_process(source, target, skip_symbolic_shape=True)
+        prepared = onnx.load(target)
+    for index, node in enumerate(prepared.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"  # nodes are picked by name, and exporters may leave names out
+    return prepared

@@ -1,0 +1,74 @@
+"""A prepared graph and a scheme -> a Q/DQ graph. onnxruntime's writer places the pairs; ranges and what stays in float are ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+
+from fofa_deploy.types import Calibration
+from fofa_exporters import _onnx
+from fofa_exporters._quantization import recover
+from fofa_exporters._quantization.observed import Observed
+from fofa_exporters._quantization.ranges import ranges
+from fofa_exporters._quantization.scheme import Scheme
+from fofa_exporters._quantization.sensitivity import most_sensitive
+from fofa_exporters._quantization.statistics import Statistics
+
+_OPERATORS = (
+    "Add", "AveragePool", "Clip", "Concat", "Conv", "ConvTranspose", "Flatten", "Gemm", "GlobalAveragePool", "LeakyRelu", "MatMul",
+    "MaxPool", "Mul", "Pad", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+)  # fmt: skip
+"""What runs in int8 somewhere. Norms and softmax do not, and lose most by it."""
+
+
+def quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme) -> onnx.ModelProto:
+    """The Q/DQ graph of a captured float graph.
+
+    Raises:
+        DataError: an activation is NaN or infinite on a calibration image.
+    """
+    seen = Observed.of(model, calibration, scheme)
+    prepared, statistics = seen.prepared, seen.statistics
+    if scheme.smoothing:
+        prepared, statistics = recover.smoothed(prepared, statistics, scheme.smoothing)
+    written = _write(prepared, statistics, scheme, most_sensitive(seen.errors, scheme.float_share))
+    if scheme.learned_rounding or scheme.bias_correction:
+        recover.refine(written, prepared, statistics, calibration, scheme)
+    return written
+
+
+def _write(prepared: onnx.ModelProto, statistics: Statistics, scheme: Scheme, in_float: list[str]) -> onnx.ModelProto:
+    from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorData, TensorsData
+
+    low, high = ranges(statistics, scheme.ranges, scheme.signed_activations)
+    found = {
+        n: TensorData(lowest=np.asarray(a), highest=np.asarray(b)) for n, a, b in zip(statistics.names, low, high, strict=True)
+    }
+    copied = onnx.ModelProto()
+    copied.CopyFrom(prepared)
+    options = {
+        "ActivationSymmetric": scheme.signed_activations,
+        "WeightSymmetric": True,
+        "QuantizeBias": scheme.quantize_bias,
+        "OpTypesToExcludeOutputQuantization": list(_onnx.WEIGHTED) if scheme.float_outputs else [],
+    }
+    with TemporaryDirectory() as scratch, _onnx.quiet():
+        quantizer = QDQQuantizer(
+            copied,
+            True,  # per channel
+            scheme.seven_bit_weights,
+            QuantType.QInt8,
+            QuantType.QInt8 if scheme.signed_activations else QuantType.QUInt8,
+            TensorsData(CalibrationMethod.MinMax, found),
+            [node.name for node in _onnx.weighted(prepared)] if scheme.weighted_only else [],
+            in_float,
+            list(_OPERATORS),
+            options,
+        )
+        quantizer.quantize_model()
+        path = Path(scratch) / "written.onnx"
+        quantizer.model.save_model_to_file(path, False)
+        return onnx.load(path)

@@ -1,0 +1,123 @@
+"""Many recipes: which are worth building, in what order, and when to stop.
+
+Recipes of one family run the same kernels, so one of them tells the latency of all. One recipe of every family is built and
+timed in a short race; then the families are tried fastest first, each from its cheapest recipe to its most thorough one,
+until one is inside the budget. What is clearly slower than that is not tried: no result of it could be chosen.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from fofa_deploy import environment
+from fofa_deploy.errors import StageError, UnavailableError, UserError
+from fofa_deploy.judge import size_problem
+from fofa_deploy.results import TargetRow
+from fofa_deploy.tune.rows import row_of
+from fofa_deploy.tune.workbench import Workbench
+from fofa_deploy.types import Artifact, HardwareProfile, Precision, Probe, Recipe, Status
+
+SLACK = 1.15
+"""A family up to this factor slower in the short race is tried, too: the long race may see it otherwise."""
+
+SPEEDS = "speeds.json"
+
+MANY = 3
+"""Families from which on a short race costs less than trying them all."""
+
+Race = Callable[[Sequence[Artifact]], list[float | None]]
+"""Median milliseconds of artifacts timed side by side; None for one that does not run."""
+
+
+class Search:
+    """The recipes of one target.
+
+    Args:
+        race: None where nothing is to be timed; then every family is tried.
+    """
+
+    def __init__(self, bench: Workbench, profile: HardwareProfile, probe: Probe, race: Race | None) -> None:
+        self._bench, self._profile, self._probe = bench, profile, probe
+        self._race = race if probe.can_run and bench.settings.build else None
+
+    def rows(self, recipes: Sequence[Recipe]) -> list[TargetRow]:
+        """One per recipe that was tried, and one per family that was not worth it."""
+        families: dict[str, list[Recipe]] = {}
+        for recipe in recipes:
+            families.setdefault(recipe.kin, []).append(recipe)
+        if self._race is None or len(families) < MANY:
+            return [row for family in families.values() for row in self._tried(family)]
+        return list(self._raced(self._race, families))
+
+    def _raced(self, race: Race, families: dict[str, list[Recipe]]) -> Iterator[TargetRow]:
+        built = {kin: artifact for kin, family in families.items() if (artifact := self._first_built(family))}
+        speeds = self._speeds(race, built)
+        best: tuple[float, str] | None = None
+        for kin in sorted(families, key=lambda name: speeds.get(name, float("inf"))):
+            family, speed = families[kin], speeds.get(kin)
+            if best and speed and speed > SLACK * best[0] and not _always(family):
+                yield row_of(self._profile, family[0], Status.SKIPPED, _too_slow(speed, *best))
+                continue
+            rows = self._tried(family)
+            passed = next((row.recipe for row in rows if row.status is Status.VERIFIED), None)
+            if passed and speed and (best is None or speed < best[0]):
+                best = speed, passed
+            yield from rows
+
+    def _speeds(self, race: Race, built: dict[str, Artifact]) -> dict[str, float]:
+        """Median milliseconds by family, where it ran. Kept, as an aid for choosing and for nothing else: a run that is
+        resumed takes the way that it has begun."""
+        bench = self._bench
+        inputs = {
+            "artifacts": {kin: artifact.sha256 for kin, artifact in built.items()},
+            "profile": self._profile,
+            "lines": bench.settings.lines(self._profile)[0],
+            "machine": environment.describe().fingerprint,
+        }
+
+        def work(out: Path) -> None:
+            bench.progress.say(f"{self._profile.name}: a short race of {len(built)} kinds of recipe")
+            (out / SPEEDS).write_text(json.dumps(dict(zip(built, race(list(built.values())), strict=True)), indent=1))
+
+        found = json.loads((bench.store.run(f"search/{self._profile.name}", inputs, work) / SPEEDS).read_bytes())
+        return {kin: speed for kin, speed in found.items() if speed is not None}
+
+    def _first_built(self, family: Sequence[Recipe]) -> Artifact | None:
+        """A family whose every recipe fails has no speed; trying it tells why."""
+        for recipe in family:
+            try:
+                return self._bench.build(self._profile, recipe, self._probe)
+            except (StageError, UserError, UnavailableError):
+                continue
+        return None
+
+    def _tried(self, family: Sequence[Recipe]) -> list[TargetRow]:
+        """Rows up to the first one that is inside the accuracy and size budgets."""
+        if not self._bench.settings.build:
+            made = [recipe for recipe in family if self._bench.is_built(self._profile, recipe)]
+            return [self._bench.attempt(self._profile, recipe, self._probe) for recipe in made]
+        rows: list[TargetRow] = []
+        for recipe in family:
+            rows.append(self._bench.attempt(self._profile, recipe, self._probe))
+            if rows[-1].status is Status.BUILT_NOT_RUN or self._calibration_missing(recipe):
+                break
+            if rows[-1].status is Status.VERIFIED and not self._too_large(rows[-1]):
+                break
+        return rows
+
+    def _calibration_missing(self, recipe: Recipe) -> bool:
+        return recipe.needs_calibration and self._bench.calibration is None
+
+    def _too_large(self, row: TargetRow) -> bool:
+        return any(size_problem(row, budget) for budget in (self._profile.budget, self._bench.settings.budget))
+
+
+def _always(family: Sequence[Recipe]) -> bool:
+    """The float form is what int8 is compared with, and what is left when nothing else is good enough."""
+    return any(recipe.precision is Precision.FP32 for recipe in family)
+
+
+def _too_slow(speed: float, best: float, name: str) -> str:
+    return f"not tried further: {speed / best:.2f}x the time of {name} in a short race, and that is inside the budget"

@@ -1,0 +1,102 @@
+"""What recovery promises: the same function where it must be exact, and less error where it may choose."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from fofa_exporters import _onnx
+from fofa_exporters._quantization import Scheme, prepare, quantized
+from fofa_exporters._quantization.recover import learned, smoothed
+from fofa_exporters._quantization.statistics import observe
+
+from .conftest import Captured
+
+
+def _run(model: onnx.ModelProto, inputs: np.ndarray) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
+        None, {"images": inputs}
+    )[0]
+
+
+def test_smoothing_changes_no_output_and_calms_activations(captured: dict[str, Captured]):
+    vit = captured["vit"]
+    prepared = prepare(_onnx.read(vit.graph))
+    before = observe(prepared, vit.calibration)
+    calm, expected = smoothed(prepared, before, 0.5)
+    assert np.abs(_run(calm, vit.inputs) - vit.logits).max() < 1e-3
+    after = observe(calm, vit.calibration)
+    changed = [n for n in before.channels if not np.allclose(before.channels[n].high, after.channels[n].high, rtol=1e-3)]
+    assert len(changed) == 4, "two blocks, each with a norm before attention and one before the MLP"
+    for name in changed:
+        assert after.channels[name].high == pytest.approx(expected.channels[name].high, rel=1e-2, abs=1e-4)
+        assert after.high[after.names.index(name)] == pytest.approx(expected.high[expected.names.index(name)], rel=1e-2)
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_learned_rounding_loses_less_than_rounding_to_nearest(groups: int):
+    """On correlated inputs, where the error of one column can be made good by the next."""
+    rng = np.random.default_rng(0)
+    inputs = 16
+    mix = rng.normal(size=(groups, inputs, inputs))
+    x = (rng.normal(size=(groups, 500, inputs)) @ mix).astype(np.float32)
+    weight = rng.normal(size=(groups, 12, inputs)).astype(np.float32)
+    scale = np.abs(weight).max(-1) / 7  # few levels, so that there is something to learn
+    chosen = learned(weight, np.swapaxes(x, 1, 2) @ x, scale, 7)
+    nearest = np.clip(np.round(weight / scale[..., None]), -7, 7)
+    assert np.array_equal(chosen, np.round(chosen))
+    assert np.abs(chosen).max() <= 7
+
+    def lost(whole: np.ndarray) -> float:
+        return float(np.square(x @ np.swapaxes(weight - whole * scale[..., None], 1, 2)).sum())
+
+    assert lost(chosen) < 0.9 * lost(nearest)
+
+
+def test_learned_rounding_survives_inputs_that_are_always_zero():
+    gram = np.zeros((1, 4, 4), np.float32)
+    gram[0, 0, 0] = 5.0
+    weight = np.array([[[0.4, 0.6, -0.2, 0.9]]], np.float32)
+    found = learned(weight, gram, np.array([[0.1]], np.float32), 127)
+    assert found == pytest.approx(np.array([[[4, 6, -2, 9]]]), abs=1)
+
+
+@pytest.mark.parametrize("kind", ["cnn", "vit"])
+def test_recovery_comes_nearer_to_the_float_graph_or_stays_there(kind: str, captured: dict[str, Captured]):
+    found = captured[kind]
+    model, placed = _onnx.read(found.graph), {"weighted_only": kind == "vit", "float_outputs": kind == "vit"}
+
+    def error(**options: object) -> float:
+        scheme = Scheme(seven_bit_weights=True, **placed, **options)
+        return float(np.linalg.norm(_run(quantized(model, found.calibration, scheme), found.inputs) - found.logits))
+
+    # The weights of the transformer are random and its activations calm: there is little to recover, and nothing to break.
+    plain, slack = error(bias_correction=False), 1.0 if kind == "cnn" else 1.2
+    assert error(learned_rounding=True, bias_correction=False) < slack * plain
+    assert error() < 1.05 * plain
+    assert error(learned_rounding=True) < slack * plain
+
+
+def test_recovered_integers_stay_in_their_range(captured: dict[str, Captured]):
+    scheme = Scheme(seven_bit_weights=True, learned_rounding=True)
+    written = quantized(_onnx.read(captured["cnn"].graph), captured["cnn"].calibration, scheme)
+    stored = [onnx.numpy_helper.to_array(t) for t in written.graph.initializer if t.data_type == onnx.TensorProto.INT8]
+    weights = [w for w in stored if w.ndim > 1]
+    assert weights
+    assert max(int(np.abs(w.astype(np.int32)).max()) for w in weights) <= 64
+
+
+def test_a_share_of_the_error_stays_in_float(captured: dict[str, Captured]):
+    cnn = captured["cnn"]
+    model = _onnx.read(cnn.graph)
+    mixed = quantized(model, cnn.calibration, Scheme(float_share=0.5))
+    makers = {name: node for node in mixed.graph.node for name in node.output}
+    products = [node for node in mixed.graph.node if node.op_type in _onnx.WEIGHTED]
+    in_float = [n for n in products if n.input[1] not in makers or makers[n.input[1]].op_type != "DequantizeLinear"]
+    assert 0 < len(in_float) < len(products) / 2
+    whole = quantized(model, cnn.calibration, Scheme())
+    assert np.linalg.norm(_run(mixed, cnn.inputs) - cnn.logits) < np.linalg.norm(_run(whole, cnn.inputs) - cnn.logits)
