@@ -27,6 +27,7 @@ ORDER = """
     layers
     diagnosis judge inference report
     distill capture tune gate
+    files
     remote
     adopt pipeline
     cli

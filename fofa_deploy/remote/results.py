@@ -85,7 +85,10 @@ class Results(Frozen):
             raise IntegrityError(f"the results describe no machine: {error}", AGAIN) from error
 
     def answers(self, job: Job) -> tuple[Timed | Failed, ...]:
-        """One line per line of the job. Raises: IntegrityError: they are others."""
+        """One line per line of the job. Raises: IntegrityError: they are of another job, of other files or other lines."""
+        if self.job != job:
+            raise IntegrityError("the results belong to another job than the one here", AGAIN)
+        check_files(self.files, job.files)
         asked = [(line.batch, line.threads) for line in job.grid]
         given = [(line.batch, line.threads) for line in self.lines]
         if len(asked) != len(given) or any(a[0] != g[0] or a[1] not in (0, g[1]) for a, g in zip(asked, given, strict=True)):
