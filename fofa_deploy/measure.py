@@ -68,13 +68,13 @@ class Runner:
             images = np.resize(arrays["images"], (request.batch, *arrays["images"].shape[1:]))
         self._feeds: Feeds = {sidecar.input.name: np.ascontiguousarray(images)}
         self._sha256 = artifact.sha256
-        self._open(started, lambda: get_backend(artifact.backend).load(artifact, request.profile))
+        self._open(started, request.profile, lambda: get_backend(artifact.backend).load(artifact, request.profile))
 
-    def _open(self, started: int, load: Callable[[], Session]) -> None:
+    def _open(self, started: int, profile: HardwareProfile, load: Callable[[], Session]) -> None:
         opened = time.perf_counter_ns()
         self._session = load().__enter__()
         self._load_ms = (time.perf_counter_ns() - opened) / 1e6
-        self._meter = Meter()
+        self._meter = Meter.beside(self._session.device, profile.device.name)
         self._first_run_ms = self.block(1)[0] / 1e6
         self._cold_ms = (time.perf_counter_ns() - started) / 1e6
         self._meter.clear()
@@ -110,7 +110,7 @@ class FileRunner(Runner):
         with np.load(request.feeds, allow_pickle=False) as arrays:
             self._feeds = {spec.name: arrays[f"arr_{place}"] for place, spec in enumerate(request.file.inputs)}
         self._sha256 = request.file.sha256
-        self._open(started, lambda: backend.open_file(request.file, request.profile))
+        self._open(started, request.profile, lambda: backend.open_file(request.file, request.profile))
 
 
 @dataclass

@@ -65,7 +65,9 @@ class Device(Frozen):
     name: str = Field(default="CPU", description="the runtime's own name of the device, such as CPU, GPU.0, NPU")
     architecture: Literal["any", "x86_64", "aarch64"] = "any"
     features: tuple[str, ...] = Field(default=(), description="CPU flags that must be there, as /proc/cpuinfo spells them")
-    host: str | None = Field(default=None, pattern=HOST, description="user@host of the device; this machine when absent")
+    host: str | None = Field(
+        default=None, pattern=HOST, description="user@host of the device, or adb:SERIAL; this machine when absent"
+    )
     python: str = Field(
         default="python3",
         pattern=r"^[A-Za-z0-9_./][A-Za-z0-9_./+-]*$",

@@ -42,7 +42,9 @@ def _json(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
 @as_is_options
 @click.option("--batch", "batches", callback=_counts, metavar="N,N", help="Batch sizes; recipes are chosen by the first one.")
 @click.option("--threads", callback=_counts, metavar="N,N", help="Numbers of threads; recipes are chosen by the first one.")
-@click.option("--on", "hosts", multiple=True, metavar="USER@HOST", help="Measure on this device over SSH; may be repeated.")
+@click.option(
+    "--on", "hosts", multiple=True, metavar="USER@HOST", help="Measure on this device over SSH (or adb:SERIAL); may be repeated."
+)
 @click.option("--python", help="The Python on the device that has numpy and the runtime; default: the profile's, python3.")
 @click.option("--ssh-config", type=options.FILE, help="OpenSSH configuration to use instead of your own.")
 @click.option("--import", "results", type=options.FILE, help="Take in the results.json of a bundle.")

@@ -19,7 +19,7 @@ from fofa_deploy.measure import summarize
 from fofa_deploy.metrics import compare
 from fofa_deploy.remote.bundle import Job
 from fofa_deploy.results import Comparison, Environment, Measurement
-from fofa_deploy.types import Frozen
+from fofa_deploy.types import Frozen, LayerTime
 
 AGAIN = "measure again; results.json is written by run.py alone"
 
@@ -73,6 +73,7 @@ class Results(Frozen):
     job: Job | None
     files: dict[str, str]
     lines: tuple[Timed | Failed, ...]
+    layers: tuple[LayerTime, ...] = Field(default=(), max_length=100_000)
     error: Text
     environment: dict[str, Any]
 
