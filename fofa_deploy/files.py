@@ -208,7 +208,7 @@ def _grid(subject: Subject, wish: Wish, settings: Settings) -> Iterator[tuple[Ar
     batches = settings.batches or (own.batch_sizes if dynamic else (0,))
     for threads in settings.threads or (own.threads,):
         if wish.inputs:
-            yield _given(wish.inputs, subject), threads
+            yield given(wish.inputs, subject), threads
             continue
         for batch in batches:
             yield noise(subject, batch, wish.shapes, settings.seed), threads
@@ -271,7 +271,7 @@ def _random(spec: TensorSpec, shape: Shape, rng: np.random.Generator) -> NDArray
     raise UserError(f"no noise can be made of {spec.dtype} for {spec.name}", "give inputs with --inputs FILE.npz")
 
 
-def _given(file: Path, subject: Subject) -> Arrays:
+def given(file: Path, subject: Subject) -> Arrays:
     """The user's own arrays.
 
     Raises:
@@ -279,8 +279,9 @@ def _given(file: Path, subject: Subject) -> Arrays:
         UserError: one is missing or does not fit.
     """
     try:
-        loaded = np.load(file, allow_pickle=False)
-        arrays = _named({"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded), subject)
+        with file.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            arrays = _named({"": loaded} if isinstance(loaded, np.ndarray) else dict(loaded), subject)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{file} holds no arrays: {error}", "write it with numpy.savez(FILE, name=array)") from error
     for spec in subject.inputs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from fofa_deploy.backend import get_backend
 from fofa_deploy.cli import cli
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
 from fofa_deploy.errors import BackendError, DataError, GraphError, IntegrityError, UnavailableError, UserError
-from fofa_deploy.files import FileRow, Wish, measure_files, subjects
+from fofa_deploy.files import FileRequest, FileRow, Subject, Wish, describe, given, measure_files, noise, subjects
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.tune import Settings
@@ -31,6 +32,12 @@ def measured(*sources: Path, batches: tuple[int, ...] = (), threads: tuple[int, 
     settings = Settings(AccuracyPlan(), QUICK, LimitsPlan(run_seconds=60), Budget(), 0, batches=batches, threads=threads)
     asked = Wish(**wish)
     return measure_files(subjects(sources, asked, settings), asked, settings, Quiet())
+
+
+def looked_at(path: Path, target: str, **options) -> Subject:
+    """In this process, which has the runtimes already."""
+    profile = find_profile(target)
+    return Subject(path, profile, describe(FileRequest(path=path, profile=profile, trusted=options.get("trusted", False))))
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +91,12 @@ def test_files_and_artifacts_stand_side_by_side(models):
 
 def test_one_file_on_two_runtimes_at_two_batch_sizes(models):
     targets = (find_profile("cpu-onnxruntime"), find_profile("cpu-openvino"))
-    rows = measured(models["onnx"], targets=targets, batches=(1, 3))
-    assert [(row.runtime, row.measurement.batch) for row in rows] == [
-        ("onnxruntime", 1),
-        ("onnxruntime", 3),
-        ("openvino", 1),
-        ("openvino", 3),
+    rows = measured(models["onnx"], targets=targets, batches=(1, 3), threads=(2,))
+    assert [(row.runtime, row.measurement.batch, row.measurement.threads) for row in rows] == [
+        ("onnxruntime", 1, 2),
+        ("onnxruntime", 3, 2),
+        ("openvino", 1, 2),
+        ("openvino", 3, 2),
     ]
 
 
@@ -111,10 +118,10 @@ def test_the_precision_is_that_of_the_kernels(models, tmp_path):
 def test_an_open_axis_has_to_be_given(tmp_path):
     model = text_model(tmp_path / "text.onnx")
     with pytest.raises(UserError) as caught:
-        measured(model)
+        noise(looked_at(model, "cpu-onnxruntime"), 1, {}, 0)
     assert "tokens ?x? int64 has more than its first axis open" in caught.value.message
     assert "--shape tokens=1x1" in caught.value.action
-    (row,) = measured(model, shapes={"tokens": (2, 7)})
+    (row,) = measure_files([looked_at(model, "cpu-onnxruntime")], Wish(shapes={"tokens": (2, 7)}), SETTINGS, Quiet())
     assert row.inputs == {"tokens": (2, 7), "offset": (2,)}
     assert row.measurement.batch == 2
 
@@ -122,22 +129,24 @@ def test_an_open_axis_has_to_be_given(tmp_path):
 @pytest.mark.parametrize("shape", [(2,), (2, 3, 4)])
 def test_a_shape_that_does_not_fit_is_refused(tmp_path, shape):
     with pytest.raises(UserError, match=r"takes tokens \?x\? int64, not 2"):
-        measured(text_model(tmp_path / "text.onnx"), shapes={"tokens": shape})
+        noise(looked_at(text_model(tmp_path / "text.onnx"), "cpu-openvino"), 1, {"tokens": shape}, 0)
 
 
 def test_a_shape_for_nobody_is_refused(models, tmp_path):
+    wish = Wish(shapes={"pixels": (1, 1, 4, 4)})
     with pytest.raises(UserError, match="no model here has an input 'pixels'"):
-        measured(models["onnx"], shapes={"pixels": (1, 1, 4, 4)})
+        measure_files([looked_at(models["onnx"], "cpu-onnxruntime")], wish, SETTINGS, Quiet())
     with pytest.raises(UserError, match=r"has 2 inputs \(tokens, offset\)"):
-        measured(text_model(tmp_path / "text.onnx"), shapes={"": (1, 1)})
+        noise(looked_at(text_model(tmp_path / "text.onnx"), "cpu-onnxruntime"), 1, {"": (1, 1)}, 0)
 
 
 def test_a_fixed_batch_is_measured_as_it_is_and_not_as_another(tmp_path):
     model = text_model(tmp_path / "text.onnx", batch=5, length=3)
-    (row,) = measured(model)
+    found = looked_at(model, "cpu-onnxruntime")
+    (row,) = measure_files([found], Wish(), SETTINGS, Quiet())
     assert row.measurement.batch == 5
     with pytest.raises(UserError, match=r"takes tokens 5x3 int64 alone, not a batch of 2"):
-        measured(model, batches=(2,))
+        noise(found, 2, {}, 0)
 
 
 def test_given_inputs_are_what_runs(tmp_path):
@@ -146,17 +155,18 @@ def test_given_inputs_are_what_runs(tmp_path):
     offset = np.zeros(2, np.float32)
     np.savez(tmp_path / "good.npz", tokens=np.ones((3, 4), np.int64), offset=offset, more=offset)
     np.savez(tmp_path / "bad.npz", tokens=np.full((3, 4), 9), offset=offset)
-    (good,) = measured(model, inputs=tmp_path / "good.npz")
+    found = looked_at(model, "cpu-onnxruntime")
+    (good,) = measure_files([found], Wish(inputs=tmp_path / "good.npz"), SETTINGS, Quiet())
     assert (good.inputs["tokens"], good.measurement.batch) == ((3, 4), 3)
-    (bad,) = measured(model, inputs=tmp_path / "bad.npz")
+    (bad,) = measure_files([found], Wish(inputs=tmp_path / "bad.npz"), SETTINGS, Quiet())
     assert bad.measurement is None
     assert "out of data bounds" in bad.reason
 
 
 def test_an_array_by_itself_is_the_only_input(models, tmp_path):
     np.save(tmp_path / "images.npy", np.zeros((6, 1, SIDE, SIDE), np.float32))
-    (row,) = measured(models["ir"], inputs=tmp_path / "images.npy")
-    assert row.measurement.batch == 6
+    found = given(tmp_path / "images.npy", looked_at(models["ir"], "cpu-openvino"))
+    assert found["images"].shape[0] == 6
 
 
 @pytest.mark.parametrize(
@@ -171,14 +181,14 @@ def test_an_array_by_itself_is_the_only_input(models, tmp_path):
 def test_inputs_that_do_not_fit_are_refused(tmp_path, arrays, words):
     np.savez(tmp_path / "inputs.npz", **arrays)
     with pytest.raises(UserError, match=words):
-        measured(text_model(tmp_path / "text.onnx"), inputs=tmp_path / "inputs.npz")
+        given(tmp_path / "inputs.npz", looked_at(text_model(tmp_path / "text.onnx"), "cpu-onnxruntime"))
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not really", b"\x93NUMPY"])
 def test_junk_holds_no_inputs(models, tmp_path, content):
     (tmp_path / "inputs.npz").write_bytes(content)
     with pytest.raises(DataError, match="holds no arrays"):
-        measured(models["onnx"], inputs=tmp_path / "inputs.npz")
+        given(tmp_path / "inputs.npz", looked_at(models["onnx"], "cpu-onnxruntime"))
 
 
 # --- what reaches a runtime
@@ -206,7 +216,7 @@ def test_onnx_runtimes_own_operators_are_taken(tmp_path):
 )
 def test_foreign_operators_and_embedded_code_are_refused(tmp_path, target, domain, kind, words):
     with pytest.raises(GraphError, match=words):
-        measured(with_operator(tmp_path, domain, kind), targets=(find_profile(target),))
+        looked_at(with_operator(tmp_path, domain, kind), target)
 
 
 @pytest.mark.parametrize("target", ["cpu-onnxruntime", "cpu-openvino"])
@@ -215,33 +225,39 @@ def test_weights_in_other_files_are_refused(tmp_path, target):
     model = onnx.load(tmp_path / "model.onnx")
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="weights.bin", size_threshold=0)
     with pytest.raises(GraphError, match="weights in other files"):
-        measured(tmp_path / "model.onnx", targets=(find_profile(target),))
+        looked_at(tmp_path / "model.onnx", target)
 
 
-@pytest.mark.parametrize(("name", "error"), [("junk.onnx", GraphError), ("junk.xml", BackendError)])
-def test_junk_is_named(tmp_path, name, error):
+@pytest.mark.parametrize(
+    ("name", "target", "error"),
+    [
+        ("junk.onnx", "cpu-onnxruntime", GraphError),
+        ("junk.onnx", "cpu-openvino", GraphError),
+        ("junk.xml", "cpu-openvino", BackendError),
+    ],
+)
+def test_junk_is_named(tmp_path, name, target, error):
     (tmp_path / name).write_bytes(b"junk")
     with pytest.raises(error, match=name):
-        measured(tmp_path / name)
+        looked_at(tmp_path / name, target)
 
 
 def test_a_missing_bin_is_told(models, tmp_path):
     shutil.copy(models["ir"], tmp_path)
     with pytest.raises(BackendError, match=r"there is no model\.bin beside it"):
-        measured(tmp_path / "model.xml")
+        looked_at(tmp_path / "model.xml", "cpu-openvino")
 
 
 @pytest.mark.parametrize(("name", "altered"), [("model.onnx", "model.onnx"), ("model.xml", "model.bin")])
-def test_what_was_checked_is_what_is_run(models, tmp_path, name, altered):
+def test_what_was_checked_is_what_is_opened(models, tmp_path, name, altered):
     for file in models["onnx"].parent.iterdir():
         shutil.copy(file, tmp_path)
-    found = subjects([tmp_path / name], Wish(), SETTINGS)
+    found = looked_at(tmp_path / name, "cpu-onnxruntime" if name == altered else "cpu-openvino")
     data = bytearray((tmp_path / altered).read_bytes())
     data[-1] ^= 1
     (tmp_path / altered).write_bytes(data)
-    (row,) = measure_files(found, Wish(), SETTINGS, Quiet())
-    assert row.measurement is None
-    assert f"{altered} is missing or altered since it was checked" in row.reason
+    with pytest.raises(IntegrityError, match=rf"{altered} is missing or altered since it was checked"):
+        get_backend(found.profile.runtime).open_file(found.model, found.profile)
 
 
 @pytest.mark.parametrize("suffix", [".engine", ".plan", ".trt"])
@@ -250,7 +266,7 @@ def test_an_engine_is_opened_for_those_who_trust_it_alone(tmp_path, suffix, targ
     file = tmp_path / f"model{suffix}"
     file.write_bytes(b"what could be in it?")
     with pytest.raises(IntegrityError) as caught:
-        measured(file, targets=(find_profile(target),))
+        looked_at(file, target)
     assert "is machine code" in caught.value.message
     assert "--trust-engine" in caught.value.action
 
@@ -266,7 +282,7 @@ def test_a_trusted_engine_needs_its_device(tmp_path):
         assert (row.measurement.device, row.inputs) == ("cuda:0", {"images": (1, 1, SIDE, SIDE)})
         return
     with pytest.raises(BackendError, match="cannot run here: no CUDA device"):
-        measured(engine, targets=(profile,), trusted=True)
+        looked_at(engine, "rtx-desktop", trusted=True)
 
 
 # --- what does not go together
@@ -286,7 +302,7 @@ def test_a_model_and_its_target_have_to_fit(tmp_path, name, target, error, words
     (tmp_path / "folder").mkdir()
     (tmp_path / name).touch() if "." in name else None
     with pytest.raises(error, match=words):
-        measured(tmp_path / name, targets=(find_profile(target),) if target else ())
+        looked_at(tmp_path / name, target) if target else measured(tmp_path / name)
 
 
 def test_an_artifact_is_not_run_by_another_runtime(models):
@@ -297,15 +313,15 @@ def test_an_artifact_is_not_run_by_another_runtime(models):
 def test_another_machine_is_not_this_one(models):
     profile = find_profile("cpu-onnxruntime")
     device = profile.device.model_copy(update={"features": ("no_such_flag",)})
+    other = profile.model_copy(update={"device": device})
     with pytest.raises(UnavailableError, match="this CPU lacks no_such_flag"):
-        measured(models["onnx"], targets=(profile.model_copy(update={"device": device}),))
+        measure_files([replace(looked_at(models["onnx"], profile.name), profile=other)], Wish(), SETTINGS, Quiet())
 
 
 def test_one_that_fails_while_it_runs_is_its_reason_and_the_others_go_on(models, tmp_path):
-    found = subjects([models["onnx"], models["ir"]], Wish(), SETTINGS)
-    shutil.copy(models["onnx"], tmp_path)
-    gone = found[0].model.model_copy(update={"path": tmp_path / "gone.onnx"})
-    rows = measure_files([type(found[0])(found[0].path, found[0].profile, gone), found[1]], Wish(), SETTINGS, Quiet())
+    found = looked_at(models["onnx"], "cpu-onnxruntime")
+    gone = replace(found, model=found.model.model_copy(update={"path": tmp_path / "gone.onnx"}))
+    rows = measure_files([gone, found], Wish(), SETTINGS, Quiet())
     assert [row.measurement is None for row in rows] == [True, False]
 
 
@@ -334,15 +350,13 @@ def test_options_that_contradict_each_other_are_refused(tmp_path, monkeypatch, a
 
 
 def test_the_command_line_tells_and_writes(models, tmp_path):
-    arguments = (models["onnx"], models["folder"], "--threads", "1,2", "--json", tmp_path / "figures.json", "--quiet")
+    arguments = (models["onnx"], models["folder"], "--batch", "2", "--json", tmp_path / "figures.json", "--quiet")
     shown = run_cli("profile", *arguments)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.splitlines()[0].split()[:2] == ["model", "target"]
-    assert shown.stdout.count("1 fp32") == 4
+    assert shown.stdout.count("1 fp32") == 2
     found = json.loads((tmp_path / "figures.json").read_text())
-    assert [(row["model"], row["measurement"]["threads"]) for row in found] == [
-        (str(models[name]), threads) for name in ("onnx", "folder") for threads in (1, 2)
-    ]
+    assert [(row["model"], row["measurement"]["batch"]) for row in found] == [(str(models[name]), 2) for name in ("onnx", "folder")]
     assert all(row["measurement"]["latency_ms"]["p50"] > 0 for row in found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from click.testing import CliRunner
 from remote_sshd import Server
 from tiny import alive, build, run_cli, write_graph
 
+from fofa_deploy.adopt import Preparation, adopt
 from fofa_deploy.cli import cli
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
 from fofa_deploy.errors import BackendError, ChildError, IntegrityError, PlanError, UnavailableError
@@ -30,12 +33,13 @@ from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.remote import transport
 from fofa_deploy.remote.bundle import RUNNER, Job, Line, job_for, write_bundle, write_question
-from fofa_deploy.remote.device import Place, aimed, examine, places
+from fofa_deploy.remote.device import Place, aimed, bundle, examine, places, profile_on
 from fofa_deploy.remote.folder import measure_there
 from fofa_deploy.remote.results import Failed, Timed, compare_outputs, read_results
 from fofa_deploy.remote.transport import Adb, Ssh, exchange
 from fofa_deploy.runner import receive
 from fofa_deploy.schema import parse_toml
+from fofa_deploy.store import Store
 from fofa_deploy.tune import Settings
 from fofa_deploy.types import Artifact, Budget, HardwareProfile
 
@@ -248,7 +252,7 @@ def test_a_gpu_elsewhere_is_given_by_its_host():
         aimed(jetson, "-oProxyCommand=x")
 
 
-def test_the_stock_jetson_profile_is_built_and_bundled_for_a_board_that_is_named(tmp_path):
+def test_the_stock_jetson_profile_is_built_for_a_board_that_is_named(server, tmp_path):
     """As a typed ONNX file: the board builds the engine."""
     write_graph(tmp_path)
     arguments = ("quantize", "model.onnx", "--profile", "jetson-orin", "--recipe", "fp16", "--json", "--quiet")
@@ -257,6 +261,16 @@ def test_the_stock_jetson_profile_is_built_and_bundled_for_a_board_that_is_named
     (row,) = json.loads(shown.stdout)
     assert (row["status"], row["precision"]) == ("built-not-run", {"fp16": 1})
     assert "me@board builds the engine itself" in row["reason"]
+    jetson, settings = find_profile("jetson-orin"), replace(SETTINGS, recipe="fp16", batches=(), threads=())
+    with Store(tmp_path / "model.fofa") as store:
+        tuner = adopt(store, tmp_path / "model.onnx", None, Preparation(), Quiet(), settings)
+        bundle(tuner, [jetson], tmp_path / "b.zip")
+        (there,) = profile_on([server.place()], tuner, jetson)
+    with zipfile.ZipFile(tmp_path / "b.zip") as archive:
+        job = json.loads(archive.read("job.json"))
+    assert (job["runtime"], job["main"], job["recipe"]) == ("tensorrt", "model.onnx", "fp16")
+    assert (there.target, there.status) == ("jetson-orin on board", "skipped")
+    assert re.search("is not a jetson-orin|has no tensorrt", there.reason)
 
 
 def test_the_command_line_refuses_a_hostile_host(tmp_path):

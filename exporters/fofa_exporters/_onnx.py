@@ -86,17 +86,17 @@ def _spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
 def _check_single_file(model: onnx.ModelProto, path: Path) -> None:
     # onnx.load has resolved ordinary external data by now, so the question goes to the file as it is stored.
     stored = onnx.load(path, load_external_data=False)
-    if any(uses_external_data(tensor) for tensor in _tensors(stored.graph)):
+    if any(uses_external_data(tensor) for tensor in _tensors(stored)):
         raise GraphError(f"{path} keeps weights in other files, which its digest does not cover", _EXPORT_AGAIN)
 
 
 def _check_operators(model: onnx.ModelProto, path: Path, domains: Set[str]) -> None:
-    nodes = [*_nodes(model.graph), *(node for function in model.functions for node in function.node)]
-    if blobs := {node.op_type for node in nodes} & BLOBS:
-        raise GraphError(f"{path} holds a vendor's machine code, in {', '.join(sorted(blobs))} of com.microsoft", _EXPORT_AGAIN)
+    nodes = list(_all_nodes(model))
     found = {node.domain for node in nodes} | {function.domain for function in model.functions}
     if foreign := found - domains:
         raise GraphError(f"{path} uses operators outside the ONNX standard, from {', '.join(sorted(foreign))}", _EXPORT_AGAIN)
+    if blobs := {node.op_type for node in nodes} & BLOBS:
+        raise GraphError(f"{path} holds a vendor's machine code, in {', '.join(sorted(blobs))} nodes", _EXPORT_AGAIN)
 
 
 def _check_names(model: onnx.ModelProto, path: Path, inputs: set[str], outputs: set[str]) -> None:
@@ -105,7 +105,12 @@ def _check_names(model: onnx.ModelProto, path: Path, inputs: set[str], outputs: 
         raise GraphError(f"{path} maps {found[0]} to {found[1]}, its sidecar {inputs} to {outputs}", "capture the model again")
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    for holder in (model.graph, *model.functions):
+        yield from _nodes(holder)
+
+
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
     """Every node, those in the branches of If, Loop and Scan included."""
     for node in graph.node:
         yield node
@@ -114,9 +119,9 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(branch)
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in _nodes(graph):
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from model.graph.initializer
+    for node in _all_nodes(model):
         for attribute in node.attribute:
             yield from (attribute.t, *attribute.tensors, *attribute.g.initializer)
 

@@ -141,6 +141,7 @@ class _Connection:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
             )
         except FileNotFoundError as error:
+            self._log.close()
             raise BackendError(f"{command[0]} is not installed", "install it, or carry a bundle there") from error
 
     def _send(self) -> None:
