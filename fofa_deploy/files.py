@@ -28,13 +28,8 @@ from fofa_deploy.types import Artifact, Frozen, HardwareProfile, ModelFile, Tens
 T = TypeVar("T")
 Shape = tuple[int, ...]
 Arrays = dict[str, NDArray[np.generic]]
-USUAL = {
-    ".onnx": "cpu-onnxruntime",
-    ".xml": "cpu-openvino",
-    ".engine": "datacenter-gpu",
-    ".plan": "datacenter-gpu",
-    ".trt": "datacenter-gpu",
-}
+ENGINES = (".engine", ".plan", ".trt")
+USUAL = {".onnx": "cpu-onnxruntime", ".xml": "cpu-openvino", **dict.fromkeys(ENGINES, "datacenter-gpu")}
 """What a file is measured on when nobody says: its own runtime's profile of this machine."""
 
 
@@ -92,9 +87,13 @@ def describe(request: FileRequest) -> ModelFile:
         action = f"name another --target, or have it built: fofa-deploy profile model.onnx --profile {request.profile.name}"
         raise UserError(f"{backend.name} does not open {request.path.name}: {known}", action)
     if backend.native and not request.trusted:
-        problem = f"{request.path} is machine code: opening it can do all that you can do on this machine"
-        raise IntegrityError(problem, "if you built it, or trust who did, say so with --trust-engine")
+        raise _untrusted(request.path)
     return backend.describe_file(request.path, request.profile)
+
+
+def _untrusted(path: Path) -> IntegrityError:
+    problem = f"{path} is machine code: opening it can do all that you can do on this machine"
+    return IntegrityError(problem, "if you built it, or trust who did, say so with --trust-engine")
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def subjects(sources: Sequence[Path], wish: Wish, settings: Settings) -> list[Su
 
 
 def _subjects(path: Path, wish: Wish, settings: Settings) -> Iterator[Subject]:
-    artifact = _artifact(path) if path.is_dir() else None
+    artifact = _artifact(path, wish.trusted) if path.is_dir() else None
     for profile in wish.targets or [_usual(artifact.path if artifact else path)]:
         if artifact and profile.runtime != artifact.backend:
             raise UserError(
@@ -157,13 +156,17 @@ def _subjects(path: Path, wish: Wish, settings: Settings) -> Iterator[Subject]:
         yield Subject(path, profile, artifact or _described(path, profile, wish.trusted, settings))
 
 
-def _artifact(folder: Path) -> Artifact:
+def _artifact(folder: Path, trusted: bool) -> Artifact:
+    """Its digests are its own word: without its run, an engine in it could be anybody's."""
     if not (folder / "artifact.json").is_file():
         problem = f"{folder} is no artifact's folder: it has no artifact.json"
         raise DataError(
             problem, "several models are measured as they are: name files and artifacts' folders, or one run directory alone"
         )
-    return Artifact.load(folder)
+    artifact = Artifact.load(folder)
+    if artifact.path.suffix in ENGINES and not trusted:
+        raise _untrusted(artifact.path)
+    return artifact
 
 
 def _usual(path: Path) -> HardwareProfile:

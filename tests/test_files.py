@@ -277,6 +277,9 @@ def test_a_trusted_engine_needs_its_device(tmp_path):
     if not probe.can_build:
         pytest.skip(f"no engine can be built here: {probe.reason}")
     engine = build(write_graph(tmp_path / "graph"), "rtx-desktop", tmp_path / "built") / "model.engine"
+    with pytest.raises(IntegrityError, match="is machine code"):
+        subjects([engine.parent], Wish(targets=(profile,)), SETTINGS)
+    assert subjects([engine.parent], Wish(targets=(profile,), trusted=True), SETTINGS)[0].inputs[0].name == "images"
     if probe.can_run:
         (row,) = measured(engine, targets=(profile,), trusted=True)
         assert (row.measurement.device, row.inputs) == ("cuda:0", {"images": (1, 1, SIDE, SIDE)})
