@@ -17,15 +17,13 @@ from pydantic import ValidationError
 from fofa_deploy.backend import float_recipe, get_backend
 from fofa_deploy.config import DataPlan, LimitsPlan
 from fofa_deploy.data import Split, load_data, preprocessing, write_split
-from fofa_deploy.errors import FofaError, GraphError
+from fofa_deploy.errors import GraphError
 from fofa_deploy.isolate import run_isolated
-from fofa_deploy.measure import Candidate, measure
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Progress
-from fofa_deploy.results import Measurement
 from fofa_deploy.store import Store
-from fofa_deploy.tune import Evidence, Settings, Tuner, with_threads
-from fofa_deploy.types import Artifact, Frozen, Graph, HardwareProfile, Sidecar, TensorSpec
+from fofa_deploy.tune import Evidence, Settings, Tuner
+from fofa_deploy.types import Frozen, Graph, HardwareProfile, Sidecar, TensorSpec
 from fofa_deploy.verify import run_all
 
 GOLDEN = 8
@@ -155,21 +153,6 @@ def adopt(store: Store, file: Path, images: Path | None, preparation: Preparatio
     calibration = splits / "calibration"
     evidence = Evidence(graph / "golden.npz", splits, expected)
     return Tuner(store, graph, evidence, calibration if calibration.is_dir() else None, settings, progress)
-
-
-def measure_folder(folder: Path, profile: HardwareProfile, settings: Settings, progress: Progress) -> list[Measurement | FofaError]:
-    """An artifact's folder by itself, on seeded noise: how fast, not how good. One entry per line of the settings' grid."""
-    sidecar = Artifact.load(folder).sidecar
-    with tempfile.TemporaryDirectory() as scratch:
-        noise = Path(scratch) / "noise"
-        _write_noise(sidecar, noise, settings.seed)
-        golden = Path(scratch) / "golden.npz"
-        np.savez(golden, images=sidecar.preprocessing.apply(np.load(noise / "images.npy", allow_pickle=False)))
-        candidates = [
-            Candidate(artifact=folder, profile=with_threads(profile, threads), golden=golden, batch=batch)
-            for batch, threads in settings.lines(profile)
-        ]
-        return measure(candidates, settings.measure, settings.limits, settings.seed, progress)
 
 
 def _answers(graph: Path, profile: str, images: Path, out: Path, limits: LimitsPlan) -> np.ndarray:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from fofa_deploy.errors import BackendError
-from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, LayerTime, Precision, Probe, Recipe
+from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, LayerTime, ModelFile, Precision, Probe, Recipe
 
 GROUP = "fofa_deploy.backends"
 
@@ -79,6 +79,35 @@ class LayerProfiler(Protocol):
 
         Raises:
             BackendError: the runtime or the device is missing.
+        """
+        ...
+
+
+@runtime_checkable
+class FileOpener(Protocol):
+    """A back end that also opens files which others have built, as they are."""
+
+    suffixes: tuple[str, ...]
+    """Endings of the files that it takes."""
+
+    native: bool
+    """They hold machine code: to open one is to run it."""
+
+    def describe_file(self, path: Path, profile: HardwareProfile) -> ModelFile:
+        """What a file takes in, and the runtime's layer table of it. Whatever can be checked without a runtime is checked before.
+
+        Raises:
+            GraphError: it is malformed, unsafe, or has inputs that no array can be made for.
+            BackendError: the runtime or the device is missing, or refuses the file.
+        """
+        ...
+
+    def open_file(self, found: ModelFile, profile: HardwareProfile) -> Session:
+        """Open a session for what ``describe_file`` has described; in the runtime's own default precision.
+
+        Raises:
+            IntegrityError: the file is another one by now.
+            BackendError: the runtime or the device is missing, or another device than the one asked for was bound.
         """
         ...
 

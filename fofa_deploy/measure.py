@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from fofa_deploy.backend import get_backend
+from fofa_deploy.backend import FileOpener, Session, get_backend
 from fofa_deploy.config import LimitsPlan, MeasurePlan
 from fofa_deploy.errors import FofaError
 from fofa_deploy.isolate import Child
@@ -26,9 +26,9 @@ from fofa_deploy.runner import timing
 from fofa_deploy.runner.energy import Meter
 from fofa_deploy.runner.machine import peak_rss_bytes
 from fofa_deploy.runner.timing import runs_for
-from fofa_deploy.types import Artifact, Frozen, HardwareProfile
+from fofa_deploy.types import Artifact, Feeds, Frozen, HardwareProfile, ModelFile
 
-__all__ = ["Candidate", "Runner", "measure", "peak_rss_bytes", "runs_for", "summarize"]
+__all__ = ["Candidate", "FileCandidate", "FileRunner", "Runner", "measure", "peak_rss_bytes", "runs_for", "summarize"]
 
 SETTLE_RUNS = 2
 """Unmeasured runs at the start of a block: the caches belonged to another candidate."""
@@ -40,9 +40,20 @@ NOISY = 0.15
 class Candidate(Frozen):
     """What to measure: an artifact's folder, how to run it, on which images (``golden.npz``), in batches of how many."""
 
+    runner: ClassVar = "fofa_deploy.measure:Runner"
     artifact: Path
     profile: HardwareProfile
     golden: Path
+    batch: int = 1
+
+
+class FileCandidate(Frozen):
+    """The same of a model file that others built; ``feeds`` is an .npz with one array per input, in the file's order."""
+
+    runner: ClassVar = "fofa_deploy.measure:FileRunner"
+    file: ModelFile
+    profile: HardwareProfile
+    feeds: Path
     batch: int = 1
 
 
@@ -51,16 +62,19 @@ class Runner:
 
     def __init__(self, request: Candidate) -> None:
         started = time.perf_counter_ns()
-        self._artifact = Artifact.load(request.artifact)
-        sidecar = self._artifact.sidecar
+        artifact = Artifact.load(request.artifact)
+        sidecar = artifact.sidecar
         with np.load(request.golden, allow_pickle=False) as arrays:
             images = np.resize(arrays["images"], (request.batch, *arrays["images"].shape[1:]))
-        self._feeds = {sidecar.input.name: np.ascontiguousarray(images)}
-        self._output = sidecar.output.name
+        self._feeds: Feeds = {sidecar.input.name: np.ascontiguousarray(images)}
+        self._sha256 = artifact.sha256
+        self._open(started, request.profile, lambda: get_backend(artifact.backend).load(artifact, request.profile))
+
+    def _open(self, started: int, profile: HardwareProfile, load: Callable[[], Session]) -> None:
         opened = time.perf_counter_ns()
-        self._session = get_backend(self._artifact.backend).load(self._artifact, request.profile).__enter__()
+        self._session = load().__enter__()
         self._load_ms = (time.perf_counter_ns() - opened) / 1e6
-        self._meter = Meter()
+        self._meter = Meter.beside(self._session.device, profile.device.name)
         self._first_run_ms = self.block(1)[0] / 1e6
         self._cold_ms = (time.perf_counter_ns() - started) / 1e6
         self._meter.clear()
@@ -71,7 +85,8 @@ class Runner:
             return timing.timed(self._run, runs)
 
     def _run(self) -> None:
-        self._session.run(self._feeds)[self._output].item(0)
+        for output in self._session.run(self._feeds).values():
+            output.flat[:1]
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -80,14 +95,27 @@ class Runner:
             "load_ms": self._load_ms,
             "first_run_ms": self._first_run_ms,
             "peak_rss_bytes": peak_rss_bytes(),
-            "artifact_sha256": self._artifact.sha256,
+            "artifact_sha256": self._sha256,
             **self._meter.found(),
         }
 
 
+class FileRunner(Runner):
+    """A loaded model file in a child process."""
+
+    def __init__(self, request: FileCandidate) -> None:
+        started = time.perf_counter_ns()
+        backend = get_backend(request.profile.runtime)
+        assert isinstance(backend, FileOpener), "it has described the file"
+        with np.load(request.feeds, allow_pickle=False) as arrays:
+            self._feeds = {spec.name: arrays[f"arr_{place}"] for place, spec in enumerate(request.file.inputs)}
+        self._sha256 = request.file.sha256
+        self._open(started, request.profile, lambda: backend.open_file(request.file, request.profile))
+
+
 @dataclass
 class _Entrant:
-    candidate: Candidate
+    candidate: Candidate | FileCandidate
     child: Child
     warmup: int = 0
     times: list[int] = field(default_factory=list)
@@ -108,7 +136,7 @@ class _Entrant:
 
 
 def measure(
-    candidates: Sequence[Candidate], plan: MeasurePlan, limits: LimitsPlan, seed: int, progress: Progress
+    candidates: Sequence[Candidate | FileCandidate], plan: MeasurePlan, limits: LimitsPlan, seed: int, progress: Progress
 ) -> list[Measurement | FofaError]:
     """Measure the candidates side by side; the result has one entry per candidate, in their order.
 
@@ -121,7 +149,7 @@ def measure(
         entrants: dict[int, _Entrant] = {}
         for number, candidate in enumerate(candidates):
             try:
-                child = Child("fofa_deploy.measure:Runner", candidate, seconds=limits.run_seconds, memory_bytes=limits.memory_bytes)
+                child = Child(candidate.runner, candidate, seconds=limits.run_seconds, memory_bytes=limits.memory_bytes)
                 entrants[number] = _Entrant(candidate, stack.enter_context(child))
                 entrants[number].warm_up(plan)
             except FofaError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -65,7 +65,9 @@ class Device(Frozen):
     name: str = Field(default="CPU", description="the runtime's own name of the device, such as CPU, GPU.0, NPU")
     architecture: Literal["any", "x86_64", "aarch64"] = "any"
     features: tuple[str, ...] = Field(default=(), description="CPU flags that must be there, as /proc/cpuinfo spells them")
-    host: str | None = Field(default=None, pattern=HOST, description="user@host of the device; this machine when absent")
+    host: str | None = Field(
+        default=None, pattern=HOST, description="user@host of the device, or adb:SERIAL; this machine when absent"
+    )
     python: str = Field(
         default="python3",
         pattern=r"^[A-Za-z0-9_./][A-Za-z0-9_./+-]*$",
@@ -119,7 +121,7 @@ class Probe(Frozen):
 
 class TensorSpec(Frozen):
     name: str
-    shape: tuple[PositiveInt | None, ...] = Field(description="None marks the dynamic batch axis")
+    shape: tuple[PositiveInt | None, ...] = Field(description="None marks a dynamic axis: the batch, in all that is built here")
     dtype: str = "float32"
 
 
@@ -240,6 +242,21 @@ class FileRecord(Frozen):
         return cls(path=path.relative_to(folder).as_posix(), sha256=digest_file(path), size_bytes=path.stat().st_size)
 
 
+def digest_records(records: Sequence[FileRecord]) -> str:
+    """Over all files; the file's own digest when there is only one."""
+    if len(records) == 1:
+        return records[0].sha256
+    return hashlib.sha256("".join(record.sha256 for record in records).encode()).hexdigest()
+
+
+def check_records(folder: Path, records: Sequence[FileRecord], since: str, action: str) -> None:
+    """Raises: IntegrityError: a file is not the recorded one."""
+    for record in records:
+        path = folder / record.path
+        if not path.is_file() or digest_file(path) != record.sha256:
+            raise IntegrityError(f"{path} is missing or altered since it was {since}", action)
+
+
 class Artifact(Frozen):
     """What a back end built. ``files[0]`` is the one to load; all lie in ``folder`` beside ``artifact.json``."""
 
@@ -259,9 +276,7 @@ class Artifact(Frozen):
     @property
     def sha256(self) -> str:
         """Digest over all files; the file's own digest when there is only one."""
-        if len(self.files) == 1:
-            return self.files[0].sha256
-        return hashlib.sha256("".join(f.sha256 for f in self.files).encode()).hexdigest()
+        return digest_records(self.files)
 
     @property
     def size_bytes(self) -> int:
@@ -306,8 +321,31 @@ class Artifact(Frozen):
 
         fields: dict[str, Any] = json.loads((folder / "artifact.json").read_bytes())
         artifact = cls.model_validate({**fields, "folder": folder})
-        for record in artifact.files:
-            path = folder / record.path
-            if not path.is_file() or digest_file(path) != record.sha256:
-                raise IntegrityError(f"{path} is missing or altered since it was built", "build the artifact again")
+        check_records(folder, artifact.files, "built", "build the artifact again")
         return artifact
+
+
+class ModelFile(Frozen):
+    """A model that others built, as the runtime that is to run it describes it."""
+
+    path: Path
+    files: tuple[FileRecord, ...] = Field(min_length=1, description="the model itself, then what lies beside it for its use")
+    inputs: tuple[TensorSpec, ...]
+    layers: tuple[Layer, ...]
+
+    @property
+    def sha256(self) -> str:
+        """As of an `Artifact`."""
+        return digest_records(self.files)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(f.size_bytes for f in self.files)
+
+    def check(self) -> None:
+        """Digest every file again.
+
+        Raises:
+            IntegrityError: it is not what was looked at; nothing of it reaches a runtime.
+        """
+        check_records(self.path.parent, self.files, "checked", "leave it alone while it is measured")

@@ -27,6 +27,7 @@ ORDER = """
     layers
     diagnosis judge inference report
     distill capture tune gate
+    files
     remote
     adopt pipeline
     cli
@@ -37,7 +38,18 @@ RANK = {part: number for number, line in enumerate(LINES) for part in line}
 TORCH = {"models", "inference", "capture", "distill"}
 FRAMEWORKS = {"torch", "timm", "torchvision", "accelerate"}
 LAZY_TIMM = {"data"}  # timm.data opens data sets, inside one function
-QUANTIZATION = (".__init__", ".observed", ".prepare", ".ranges", ".recipes", ".recover", ".scheme", ".sensitivity", ".statistics", ".writer")
+QUANTIZATION = (
+    ".__init__",
+    ".observed",
+    ".prepare",
+    ".ranges",
+    ".recipes",
+    ".recover",
+    ".scheme",
+    ".sensitivity",
+    ".statistics",
+    ".writer",
+)
 RUNTIMES = {
     "_device": set(),
     "_engine": {"onnx"},
@@ -45,7 +57,7 @@ RUNTIMES = {
     "onnxruntime": {"onnx", "onnxruntime"},
     "openvino": {"openvino", "nncf"},
     "_typed": {"onnx"},
-    **{f"_quantization{part}": {"onnx", "onnxruntime"} for part in QUANTIZATION},
+    **{f"_quantization.{part}": {"onnx", "onnxruntime"} for part in PARTS.split()},
     "reference": {"onnx"},
     "tensorrt": {"onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
 }

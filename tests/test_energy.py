@@ -51,6 +51,24 @@ def test_a_board_sensor_is_power_over_time(tmp_path, monkeypatch):
     assert meter.found()["energy_mj"] == pytest.approx(1e3 * 5 * 2 / 4)
 
 
+def test_a_gpu_is_not_told_by_the_cpus_counter(tmp_path):
+    """But by NVML, or else by the board's sensor, or not at all."""
+    write(tmp_path / "powercap" / "intel-rapl:0", energy_uj=1, max_energy_range_uj=2)
+    found = Meter(tmp_path, gpu=99).found()
+    assert found["energy_mj"] is None
+    assert "NVML" in found["energy_reason"]
+    write(tmp_path / "hwmon" / "hwmon0", name="ina3221\n", power1_input=4_000_000)
+    assert Meter(tmp_path, gpu=99).reason == ""
+
+
+@pytest.mark.parametrize(("bound", "nvml"), [("cuda:1", True), ("CUDAExecutionProvider", True), ("CPU", False), ("GPU.0", False)])
+def test_nvml_is_asked_about_cuda_devices_alone(monkeypatch, bound, nvml):
+    asked = []
+    monkeypatch.setattr(energy, "_nvml", lambda index: asked.append(index) or (None, "none"))
+    Meter.beside(bound, "cuda:1")
+    assert asked == ([1] if nvml else [])
+
+
 @pytest.mark.skipif(os.getuid() == 0, reason="root reads every file")
 def test_a_counter_for_root_alone_is_told(tmp_path):
     package = write(tmp_path / "powercap" / "intel-rapl:0", energy_uj=1)

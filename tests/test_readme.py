@@ -36,7 +36,7 @@ def test_every_command_parses(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/flowers", "photos"):
         (tmp_path / folder).mkdir(parents=True)
-    for file in ("plan.toml", "model.onnx", "weights.safetensors", "results.json"):
+    for file in ("plan.toml", "model.onnx", "model.xml", "model.engine", "weights.safetensors", "results.json"):
         (tmp_path / file).touch()
     verb, *arguments = shlex.split(line)[1:]
     command = cli.get_command(None, verb)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +23,29 @@ from click.testing import CliRunner
 from remote_sshd import Server
 from tiny import alive, build, run_cli, write_graph
 
+from fofa_deploy.adopt import Preparation, adopt
 from fofa_deploy.cli import cli
-from fofa_deploy.config import LimitsPlan, MeasurePlan
+from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
 from fofa_deploy.errors import BackendError, ChildError, IntegrityError, PlanError, UnavailableError
+from fofa_deploy.files import Wish, subjects
 from fofa_deploy.measure import Candidate
 from fofa_deploy.profile import find_profile
+from fofa_deploy.progress import Quiet
 from fofa_deploy.remote import transport
 from fofa_deploy.remote.bundle import RUNNER, Job, Line, job_for, write_bundle, write_question
-from fofa_deploy.remote.device import Place, examine, places
+from fofa_deploy.remote.device import Place, aimed, bundle, examine, places, profile_on
+from fofa_deploy.remote.folder import measure_there
 from fofa_deploy.remote.results import Failed, Timed, compare_outputs, read_results
-from fofa_deploy.remote.transport import Ssh, exchange
+from fofa_deploy.remote.transport import Adb, Ssh, exchange
 from fofa_deploy.runner import receive
 from fofa_deploy.schema import parse_toml
-from fofa_deploy.types import HardwareProfile
+from fofa_deploy.store import Store
+from fofa_deploy.tune import Settings
+from fofa_deploy.types import Artifact, Budget, HardwareProfile
 
 QUICK = MeasurePlan(seconds=0.02, max_seconds=0.1, warmup_seconds=0.01, warmup_runs=5)
 LIMITS = LimitsPlan(run_seconds=60, build_seconds=60)
+SETTINGS = Settings(AccuracyPlan(), QUICK, LIMITS, Budget(), 0, batches=(1, 3), threads=(1,))
 LINES = (Line(batch=1, threads=1), Line(batch=2, threads=0))
 
 
@@ -91,6 +100,9 @@ def test_an_artifact_is_verified_and_timed_over_there(server, candidates, name):
     measured = [line.measurement(job.artifact_sha256) for line in (first, second)]
     assert [m.batch for m in measured] == [1, 2]
     assert [m.threads for m in measured] == [1, len(os.sched_getaffinity(0))]
+    known = {layer.name for layer in Artifact.load(candidates[name].artifact).layers}
+    assert {layer.name for layer in results.layers} & known
+    assert sum(layer.ms for layer in results.layers) > 0
     for m in measured:
         assert 0 < m.latency_ms.min <= m.latency_ms.p50
         assert m.cold_start_ms == m.load_ms + m.first_run_ms
@@ -204,6 +216,61 @@ def test_what_is_no_interpreter_is_refused(python):
 def test_an_option_as_host_would_not_be_one_even_so():
     command = Ssh("-oProxyCommand=touch ran").command(["echo", "a b", "$(touch ran)"])
     assert command[-3:] == ["--", "-oProxyCommand=touch ran", "echo 'a b' '$(touch ran)'"]
+
+
+def test_a_serial_number_is_an_argument_and_the_command_one_word_for_the_shell_there():
+    """No device with adbd has been at hand: what is tried is the command line alone."""
+    (place,) = places(find_profile("cpu-onnxruntime"), ["adb:emulator-5554"], "/data/python", None)
+    assert place.transport == Adb("emulator-5554")
+    assert place.name == "adb:emulator-5554"
+    command = place.transport.command(["python3", "-c", "print('$HOME')\nx = 1", "a b"])
+    assert command[:5] == ["adb", "-s", "emulator-5554", "shell", "-T"]
+    assert len(command) == 6
+    words = command[5].removeprefix("TMPDIR=/data/local/tmp ")
+    shown = subprocess.run(["sh", "-c", f"printf '%s|' {words}"], capture_output=True, text=True, check=True)
+    assert shown.stdout == "python3|-c|print('$HOME')\nx = 1|a b|"
+
+
+def test_adb_that_is_not_installed_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    write_question(tmp_path / "b.zip")
+    with pytest.raises(BackendError, match="adb is not installed"):
+        exchange(Adb("0123"), "python3", tmp_path / "b.zip", 5)
+
+
+# --- whose GPU it is
+
+
+def test_a_gpu_elsewhere_is_given_by_its_host():
+    jetson = find_profile("jetson-orin")
+    assert aimed(jetson, "me@board").device.host == "me@board"
+    assert aimed(jetson, None) == jetson
+    assert aimed(aimed(jetson, "me@board"), "you@other").device.host == "me@board"
+    cpu = find_profile("raspberry-pi-5")
+    assert aimed(cpu, "me@board") == cpu
+    with pytest.raises(PlanError, match="host"):
+        aimed(jetson, "-oProxyCommand=x")
+
+
+def test_the_stock_jetson_profile_is_built_for_a_board_that_is_named(server, tmp_path):
+    """As a typed ONNX file: the board builds the engine."""
+    write_graph(tmp_path)
+    arguments = ("quantize", "model.onnx", "--profile", "jetson-orin", "--recipe", "fp16", "--json", "--quiet")
+    shown = run_cli(*arguments, "--on", "me@board", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    (row,) = json.loads(shown.stdout)
+    assert (row["status"], row["precision"]) == ("built-not-run", {"fp16": 1})
+    assert "me@board builds the engine itself" in row["reason"]
+    jetson, settings = find_profile("jetson-orin"), replace(SETTINGS, recipe="fp16", batches=(), threads=())
+    with Store(tmp_path / "model.fofa") as store:
+        tuner = adopt(store, tmp_path / "model.onnx", None, Preparation(), Quiet(), settings)
+        bundle(tuner, [jetson], tmp_path / "b.zip")
+        (there,) = profile_on([server.place()], tuner, jetson)
+    with zipfile.ZipFile(tmp_path / "b.zip") as archive:
+        job = json.loads(archive.read("job.json"))
+    assert (job["runtime"], job["main"], job["recipe"]) == ("tensorrt", "model.onnx", "fp16")
+    assert (there.target, there.status) == ("jetson-orin on board", "skipped")
+    assert re.search("is not a jetson-orin|has no tensorrt", there.reason)
 
 
 def test_the_command_line_refuses_a_hostile_host(tmp_path):
@@ -335,18 +402,41 @@ def test_the_command_line_measures_on_every_device(server, tmp_path):
     assert (good["target"], good["status"], good["chosen"]) == ("cpu-onnxruntime on board", "verified", True)
     assert good["measurement"]["batch"] == 2
     assert good["golden"]["relative_error"] < 1e-5
+    assert {layer["precision"] for layer in good["layers"]} == {"fp32"}
+    assert sum(layer["share"] for layer in good["layers"]) == pytest.approx(1)
     assert (bad["target"], bad["status"], bad["measurement"]) == ("cpu-onnxruntime on dead", "skipped", None)
     assert "dead cannot be reached" in bad["reason"]
     assert shown.returncode == 1
 
 
-def test_an_artifact_by_itself_is_swept(tmp_path):
-    folder = build(write_graph(tmp_path / "graph"), "cpu-onnxruntime", tmp_path / "artifact")
-    shown = run_cli("profile", folder, "--profile", "cpu-onnxruntime", "--batch", "1,3", "--threads", "1,2", "--json", "--quiet")
+def test_a_folder_by_itself_is_measured_over_there(server, candidates):
+    """Without the run that it came from: its outputs there are held beside those here."""
+    folder = candidates["cpu-openvino"].artifact
+    (subject,) = subjects([folder], Wish(), SETTINGS)
+    first, second = measure_there(subject, server.place(), SETTINGS, Quiet())
+    assert (first.target, first.model) == ("cpu-openvino on board", str(folder))
+    assert [(row.inputs["images"][0], row.measurement.batch) for row in (first, second)] == [(1, 1), (3, 3)]
+    assert first.compared.samples == 1 + 2 + 8
+    assert first.compared.relative_error < 1e-5
+    assert "against the outputs here" in first.reason
+    assert first.environment.cpu
+    assert server.left() == []
+
+
+def test_a_folder_on_a_dead_device_is_its_reason(server, candidates, monkeypatch):
+    monkeypatch.setattr(transport, "ATTEMPTS", 1)
+    (subject,) = subjects([candidates["cpu-onnxruntime"].artifact], Wish(), SETTINGS)
+    (row,) = measure_there(subject, server.place("dead"), SETTINGS, Quiet())
+    assert row.measurement is None
+    assert "dead cannot be reached" in row.reason
+
+
+def test_a_folder_goes_there_by_the_command_line(server, candidates):
+    where = ("--on", "board", "--python", sys.executable, "--ssh-config", server.config, "--json", "--quiet")
+    shown = run_cli("profile", candidates["cpu-onnxruntime"].artifact, *where)
     assert shown.returncode == 0, shown.stderr
-    found = json.loads(shown.stdout)
-    assert [(m["batch"], m["threads"]) for m in found] == [(1, 1), (3, 1), (1, 2), (3, 2)]
-    assert all(m["latency_ms"]["p50"] > 0 for m in found)
+    (row,) = json.loads(shown.stdout)
+    assert (row["target"], row["measurement"]["device"]) == ("cpu-onnxruntime on board", "CPUExecutionProvider")
 
 
 @pytest.mark.parametrize("option", ["--batch", "--threads"])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 
-from fofa_deploy.types import Layer, Precision
+from fofa_deploy.errors import BackendError
+from fofa_deploy.types import Layer, LayerTime, Precision, TensorSpec
 from fofa_exporters import _onnx
 
 _PRECISIONS = {"FLOAT": Precision.FP32, "HALF": Precision.FP16, "BF16": Precision.BF16, "INT8": Precision.INT8}
@@ -75,6 +78,23 @@ def _output_format(row: dict[str, Any]) -> str:
     phrase = str(outputs[0].get("Format/Datatype", ""))
     words = {"FP32": "FLOAT", "FLOAT": "FLOAT", "FP16": "HALF", "HALF": "HALF", "BF16": "BF16", "INT8": "INT8"}
     return next((name for word, name in words.items() if word in phrase.upper()), phrase)
+
+
+def layer_time(name: str, layer: Layer | None, ms: float) -> LayerTime:
+    operator, precision = (layer.operator, layer.precision) if layer else ("unknown", "unknown")
+    return LayerTime(name=name, operator=operator, precision=precision, ms=ms)
+
+
+def input_spec(name: str, shape: Sequence[int], dtype: np.dtype[Any]) -> TensorSpec:
+    """An engine's input; -1 is its dynamic side.
+
+    Raises:
+        BackendError: another axis than the batch is dynamic, for which the session here has no buffers.
+    """
+    sides = tuple(side if side > 0 else None for side in shape)
+    if None in sides[1:]:
+        raise BackendError(f"the engine's input {name} is {sides}: more than its batch is dynamic", "build it with fixed sides")
+    return TensorSpec(name=name, shape=sides, dtype=dtype.name)
 
 
 _STORED: dict[int, Precision] = {onnx.TensorProto.FLOAT16: Precision.FP16, onnx.TensorProto.BFLOAT16: Precision.BF16}

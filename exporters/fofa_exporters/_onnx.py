@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,9 +13,12 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.external_data_helper import uses_external_data
 
 from fofa_deploy.errors import GraphError, IntegrityError
-from fofa_deploy.types import Graph, digest_file
+from fofa_deploy.types import FileRecord, Graph, Layer, ModelFile, TensorSpec, digest_file
 
 DOMAINS = frozenset({"", "ai.onnx"})
+CONTRIBUTED = DOMAINS | {"com.microsoft"}
+"""With the operators that ONNX Runtime's own optimizer and quantizer write."""
+BLOBS = frozenset({"EPContext", "Snpe"})
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _EXPORT_AGAIN = "capture the model again as one standard ONNX file; custom operators and external data are not taken"
 
@@ -37,29 +40,57 @@ def read(graph: Graph) -> onnx.ModelProto:
 
 def read_file(path: Path, inputs: set[str], outputs: set[str]) -> onnx.ModelProto:
     """Parse and check an ONNX file: valid, one file, standard operators, the expected inputs and outputs."""
+    model = read_any(path, DOMAINS)
+    _check_names(model, path, inputs, outputs)
+    return model
+
+
+def read_any(path: Path, domains: Set[str]) -> onnx.ModelProto:
+    """Parse and check an ONNX file: valid, one file, operators of these domains, and none that holds a vendor's machine code."""
     try:
         onnx.checker.check_model(str(path))
         model = onnx.load(path)
     except (onnx.checker.ValidationError, DecodeError, OSError) as error:
         raise GraphError(f"{path} is not a safe ONNX file: {error}", _EXPORT_AGAIN) from error
     _check_single_file(model, path)
-    _check_domains(model, path)
-    _check_names(model, path, inputs, outputs)
+    _check_operators(model, path, domains)
     return model
+
+
+def describe(path: Path, domains: Set[str], layers: Callable[[], tuple[Layer, ...]]) -> ModelFile:
+    """A file that others built, checked before ``layers`` has a runtime look at it.
+
+    Raises:
+        GraphError: it is not safe, or an input is no array whose number of axes is known.
+    """
+    graph = read_any(path, domains).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    inputs = tuple(_spec(value, path) for value in graph.input if value.name not in weights)
+    return ModelFile(path=path, files=(FileRecord.of(path.parent, path),), inputs=inputs, layers=layers())
+
+
+def _spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
+    kind = value.type.tensor_type
+    if not value.type.HasField("tensor_type") or not kind.HasField("shape"):
+        raise GraphError(f"{path} has an input {value.name!r} that is no array, or of no known shape", "export it with shapes")
+    shape = tuple(side.dim_value if side.dim_value > 0 else None for side in kind.shape.dim)
+    return TensorSpec(name=value.name, shape=shape, dtype=onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
 
 
 def _check_single_file(model: onnx.ModelProto, path: Path) -> None:
     # onnx.load has resolved ordinary external data by now, so the question goes to the file as it is stored.
     stored = onnx.load(path, load_external_data=False)
-    if any(uses_external_data(tensor) for tensor in _tensors(stored.graph)):
+    if any(uses_external_data(tensor) for tensor in _tensors(stored)):
         raise GraphError(f"{path} keeps weights in other files, which its digest does not cover", _EXPORT_AGAIN)
 
 
-def _check_domains(model: onnx.ModelProto, path: Path) -> None:
-    nodes = [*_nodes(model.graph), *(node for function in model.functions for node in function.node)]
+def _check_operators(model: onnx.ModelProto, path: Path, domains: Set[str]) -> None:
+    nodes = list(_all_nodes(model))
     found = {node.domain for node in nodes} | {function.domain for function in model.functions}
-    if foreign := found - DOMAINS:
+    if foreign := found - domains:
         raise GraphError(f"{path} uses operators outside the ONNX standard, from {', '.join(sorted(foreign))}", _EXPORT_AGAIN)
+    if blobs := {node.op_type for node in nodes} & BLOBS:
+        raise GraphError(f"{path} holds a vendor's machine code, in {', '.join(sorted(blobs))} nodes", _EXPORT_AGAIN)
 
 
 def _check_names(model: onnx.ModelProto, path: Path, inputs: set[str], outputs: set[str]) -> None:
@@ -68,7 +99,12 @@ def _check_names(model: onnx.ModelProto, path: Path, inputs: set[str], outputs: 
         raise GraphError(f"{path} maps {found[0]} to {found[1]}, its sidecar {inputs} to {outputs}", "capture the model again")
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    for holder in (model.graph, *model.functions):
+        yield from _nodes(holder)
+
+
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
     """Every node, those in the branches of If, Loop and Scan included."""
     for node in graph.node:
         yield node
@@ -77,9 +113,9 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from _nodes(branch)
 
 
-def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in _nodes(graph):
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from model.graph.initializer
+    for node in _all_nodes(model):
         for attribute in node.attribute:
             yield from (attribute.t, *attribute.tensors, *attribute.g.initializer)
 

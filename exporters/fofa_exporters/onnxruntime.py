@@ -21,7 +21,19 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from fofa_deploy.errors import BackendError, BuildError
-from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Layer, LayerTime, Precision, Probe, Recipe
+from fofa_deploy.types import (
+    Artifact,
+    Calibration,
+    Feeds,
+    Graph,
+    HardwareProfile,
+    Layer,
+    LayerTime,
+    ModelFile,
+    Precision,
+    Probe,
+    Recipe,
+)
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
 from fofa_exporters._quantization import Scheme, prepare, quantized, require_calibration
@@ -68,6 +80,8 @@ class OnnxRuntimeBackend:
 
     name = "onnxruntime"
     precisions = frozenset({Precision.FP32, Precision.INT8})
+    suffixes = (".onnx",)
+    native = False
 
     def probe(self, profile: HardwareProfile) -> Probe:
         provider = PROVIDERS.get(profile.device.kind)
@@ -99,13 +113,24 @@ class OnnxRuntimeBackend:
         return Artifact.of(out, main, backend=self.name, recipe=recipe, graph=graph, layers=layers, versions=versions())
 
     def load(self, artifact: Artifact, profile: HardwareProfile) -> OnnxRuntimeSession:
-        return OnnxRuntimeSession(_load(artifact, profile, session_options(artifact.recipe)))
+        return OnnxRuntimeSession(_load(artifact.path, profile, session_options(artifact.recipe)))
+
+    def describe_file(self, path: Path, profile: HardwareProfile) -> ModelFile:
+        recipe = FP32.model_copy(update={"options": {"provider": PROVIDERS.get(profile.device.kind, "")}})
+        try:
+            return _onnx.describe(path, _onnx.CONTRIBUTED, lambda: layer_table(path, recipe))
+        except REFUSALS as error:
+            raise BackendError(f"onnxruntime cannot load {path}: {error}", "export it for this version") from error
+
+    def open_file(self, found: ModelFile, profile: HardwareProfile) -> OnnxRuntimeSession:
+        found.check()
+        return OnnxRuntimeSession(_load(found.path, profile, session_options(FP32)))
 
     def layer_times(self, artifact: Artifact, profile: HardwareProfile, feeds: Feeds, runs: int) -> tuple[LayerTime, ...]:
         with TemporaryDirectory() as scratch:
             options = session_options(artifact.recipe)
             options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / "profile")
-            session = _load(artifact, profile, options)
+            session = _load(artifact.path, profile, options)
             for _ in range(1 + runs):
                 session.run(None, dict(feeds))
             events = json.loads(Path(session.end_profiling()).read_bytes())
@@ -230,13 +255,13 @@ def open_session(path: Path, options: Any, provider: str, device: str = "") -> A
     return session
 
 
-def _load(artifact: Artifact, profile: HardwareProfile, options: Any) -> Any:  # noqa: ANN401
+def _load(path: Path, profile: HardwareProfile, options: Any) -> Any:  # noqa: ANN401
     options.intra_op_num_threads = profile.execution.thread_count
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(profile.execution.spinning)))
     try:
-        return open_session(artifact.path, options, PROVIDERS.get(profile.device.kind, ""), profile.device.name)
+        return open_session(path, options, PROVIDERS.get(profile.device.kind, ""), profile.device.name)
     except REFUSALS as error:
-        raise BackendError(f"onnxruntime cannot load {artifact.path}: {error}", "build the artifact again") from error
+        raise BackendError(f"onnxruntime cannot load {path}: {error}", "build the artifact again") from error
 
 
 def _kernel_times(events: Sequence[dict[str, Any]], table: Sequence[Layer], runs: int) -> tuple[LayerTime, ...]:

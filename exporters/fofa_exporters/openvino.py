@@ -22,14 +22,17 @@ from fofa_deploy.types import (
     Artifact,
     Calibration,
     Feeds,
+    FileRecord,
     Graph,
     HardwareProfile,
     Layer,
     LayerTime,
+    ModelFile,
     Precision,
     Probe,
     Recipe,
     Scalar,
+    TensorSpec,
 )
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
@@ -70,6 +73,8 @@ class OpenVinoBackend:
 
     name = "openvino"
     precisions = frozenset({Precision.FP32, Precision.BF16, Precision.FP16, Precision.INT8})
+    suffixes = (".xml", ".onnx")
+    native = False
 
     def probe(self, profile: HardwareProfile) -> Probe:
         if reason := _refusal(profile.device.name):
@@ -95,16 +100,26 @@ class OpenVinoBackend:
 
     def load(self, artifact: Artifact, profile: HardwareProfile) -> OpenVinoSession:
         recipe = _on(artifact.recipe, profile.device.name)
-        threads = profile.execution.thread_count if profile.device.kind == "cpu" else None
         try:
-            return OpenVinoSession(_compile(artifact.path, recipe, threads))
+            return OpenVinoSession(_compile(artifact.path, recipe, _threads(profile)))
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {artifact.path}: {error}", "build the artifact again") from error
 
+    def describe_file(self, path: Path, profile: HardwareProfile) -> ModelFile:
+        if path.suffix.lower() == ".onnx":
+            return _onnx.describe(path, _onnx.CONTRIBUTED, lambda: layer_table(_compile_file(path, profile)))
+        beside = path.with_suffix(".bin")
+        files = tuple(FileRecord.of(path.parent, file) for file in (path, beside) if file.is_file())
+        compiled = _compile_file(path, profile)
+        return ModelFile(path=path, files=files, inputs=tuple(map(_spec, compiled.inputs)), layers=layer_table(compiled))
+
+    def open_file(self, found: ModelFile, profile: HardwareProfile) -> OpenVinoSession:
+        found.check()
+        return OpenVinoSession(_compile_file(found.path, profile))
+
     def layer_times(self, artifact: Artifact, profile: HardwareProfile, feeds: Feeds, runs: int) -> tuple[LayerTime, ...]:
         recipe = _on(artifact.recipe, profile.device.name)
-        threads = profile.execution.thread_count if profile.device.kind == "cpu" else None
-        request = _compile(artifact.path, recipe, threads, PERF_COUNT=True).create_infer_request()
+        request = _compile(artifact.path, recipe, _threads(profile), PERF_COUNT=True).create_infer_request()
         request.infer(dict(feeds))
         counted = []
         for _ in range(runs):
@@ -197,24 +212,44 @@ def _compile(path: Path, recipe: Recipe, threads: int | None, **more: bool) -> A
         BackendError: the device is missing, or OpenVINO chose another device or precision.
     """
     device, wanted = str(recipe.options["device"]), HINTS[Precision(str(recipe.options["inference_precision"]))]
-    if reason := _refusal(device):
-        raise BackendError(reason, "name a device that `fofa-deploy doctor` lists")
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": wanted, **more}
-    if threads is not None:
-        config["INFERENCE_NUM_THREADS"] = threads
-    compiled = ov.Core().compile_model(path, device, config)
-    _check_bound(compiled, device, wanted)
-    return compiled
-
-
-def _check_bound(compiled: Any, device: str, wanted: Any) -> None:  # noqa: ANN401
-    bound = compiled.get_property("EXECUTION_DEVICES")
-    if any(name.split(".")[0] != device.split(".")[0] for name in bound):
-        raise BackendError(f"OpenVINO bound {bound} and not {device}", "check the device's driver")
+    compiled = _compile_on(device, path, threads, INFERENCE_PRECISION_HINT=wanted, **more)
     runs_in = compiled.get_property("INFERENCE_PRECISION_HINT")
     if runs_in != wanted:
         reason = f"{device} runs {runs_in.to_string()} where {wanted.to_string()} was asked for"
         raise BackendError(reason, "drop this precision from the profile: the device does not have it")
+    return compiled
+
+
+def _compile_on(device: str, path: Path, threads: int | None, **more: object) -> Any:  # noqa: ANN401
+    """Raises: BackendError: the device is missing, or OpenVINO chose another one."""
+    if reason := _refusal(device):
+        raise BackendError(reason, "name a device that `fofa-deploy doctor` lists")
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **more}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    compiled = ov.Core().compile_model(path, device, config)
+    bound = compiled.get_property("EXECUTION_DEVICES")
+    if any(name.split(".")[0] != device.split(".")[0] for name in bound):
+        raise BackendError(f"OpenVINO bound {bound} and not {device}", "check the device's driver")
+    return compiled
+
+
+def _compile_file(path: Path, profile: HardwareProfile) -> Any:  # noqa: ANN401
+    """Somebody else's file, in the precision that OpenVINO itself chooses for it."""
+    try:
+        return _compile_on(profile.device.name, path, _threads(profile))
+    except RuntimeError as error:
+        lacking = "" if path.suffix != ".xml" or path.with_suffix(".bin").is_file() else f": there is no {path.stem}.bin beside it"
+        raise BackendError(f"OpenVINO cannot load {path}{lacking}: {error}", "convert it for this version") from error
+
+
+def _threads(profile: HardwareProfile) -> int | None:
+    return profile.execution.thread_count if profile.device.kind == "cpu" else None
+
+
+def _spec(port: Any) -> TensorSpec:  # noqa: ANN401
+    shape = tuple(side.get_length() if side.is_static else None for side in port.get_partial_shape())
+    return TensorSpec(name=port.get_any_name(), shape=shape, dtype=port.get_element_type().to_dtype().name)
 
 
 # --- quantizing ---------------------------------------------------------------------------------------------------

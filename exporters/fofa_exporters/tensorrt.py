@@ -24,17 +24,20 @@ from fofa_deploy.types import (
     Artifact,
     Calibration,
     Feeds,
+    FileRecord,
     Graph,
     HardwareProfile,
     Layer,
     LayerTime,
+    ModelFile,
     Precision,
     Probe,
     Recipe,
     Scalar,
+    TensorSpec,
 )
 from fofa_exporters import _device, _onnx, _typed
-from fofa_exporters._engine import inspector_layers, network_layers, typed_layers
+from fofa_exporters._engine import input_spec, inspector_layers, layer_time, network_layers, typed_layers
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import grown
 
@@ -51,6 +54,8 @@ class _Family:
     package: ClassVar[str]
     builds_without_gpu: ClassVar[bool]
     precisions = frozenset({Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8})
+    suffixes = (".engine", ".plan", ".trt")
+    native = True
 
     def probe(self, profile: HardwareProfile) -> Probe:
         if self._builds_there(profile):
@@ -92,15 +97,28 @@ class _Family:
         """An engine is native code: only bytes with the artifact's own digest reach the deserializer."""
         if artifact.recipe.options.get("on_device"):
             raise BackendError(f"{artifact.path} is built on its device", "measure it there: fofa-deploy profile")
+        return self._session(_engine_bytes(artifact), profile)
+
+    def describe_file(self, path: Path, profile: HardwareProfile) -> ModelFile:
+        record, data = FileRecord.of(path.parent, path), path.read_bytes()
+        with self._session(data, profile) as session:
+            inputs = session.inputs()
+        layers = inspector_layers(_inspect(self.runtime(), data))
+        return ModelFile(path=path, files=(record,), inputs=inputs, layers=layers)
+
+    def open_file(self, found: ModelFile, profile: HardwareProfile) -> TensorRtSession:
+        return self._session(_engine_bytes(found), profile)
+
+    def _session(self, engine: bytes, profile: HardwareProfile) -> TensorRtSession:
         if reason := _no_gpu():
             raise BackendError(f"{self.name} cannot run here: {reason}", "run on a machine with an NVIDIA GPU")
-        return TensorRtSession(self.runtime(), _engine_bytes(artifact), profile.device.name)
+        return TensorRtSession(self.runtime(), engine, profile.device.name)
 
     def layer_times(self, artifact: Artifact, profile: HardwareProfile, feeds: Feeds, runs: int) -> tuple[LayerTime, ...]:
         known = {layer.name: layer for layer in artifact.layers}
         with self.load(artifact, profile) as session:
             times = session.layer_ms(feeds, runs)
-        return tuple(_layer_time(name, known.get(name), ms) for name, ms in times.items())
+        return tuple(layer_time(name, known.get(name), ms) for name, ms in times.items())
 
     def _builds_there(self, profile: HardwareProfile) -> bool:
         """An engine runs only on the GPU and the version that it was built for: a remote one gets what it is made from."""
@@ -262,11 +280,6 @@ def _layers(trt: ModuleType, network: Any, engine: bytes) -> tuple[Layer, ...]: 
     return inspected if covered else declared
 
 
-def _layer_time(name: str, layer: Layer | None, ms: float) -> LayerTime:
-    operator, precision = (layer.operator, layer.precision) if layer else ("unknown", "unknown")
-    return LayerTime(name=name, operator=operator, precision=precision, ms=ms)
-
-
 def _inspect(trt: ModuleType, engine: bytes) -> str:
     deserialized = trt.Runtime(_logger(trt)).deserialize_cuda_engine(engine)
     inspector = deserialized.create_engine_inspector()
@@ -298,7 +311,7 @@ def _cuda(result: tuple[Any, ...]) -> Any:  # noqa: ANN401
     return values[0] if values else None
 
 
-def _engine_bytes(artifact: Artifact) -> bytes:
+def _engine_bytes(artifact: Artifact | ModelFile) -> bytes:
     """The engine, digested in memory, so that nothing can swap the file between the check and the deserializer."""
     data = artifact.path.read_bytes()
     if hashlib.sha256(data).hexdigest() != artifact.files[0].sha256:
@@ -335,6 +348,9 @@ class TensorRtSession:
         slices = [slice(start, start + self._max_batch) for start in range(0, total, self._max_batch)]
         parts = [self._run({name: feeds[name][part] for name in self._inputs}) for part in slices]
         return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
+
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return tuple(input_spec(name, self._engine.get_tensor_shape(name), self._dtypes[name]) for name in self._inputs)
 
     def layer_ms(self, feeds: Feeds, runs: int) -> dict[str, float]:
         """Mean milliseconds per layer of warm runs, as TensorRT's own profiler tells it."""

@@ -13,6 +13,7 @@ from rich.table import Table
 from fofa_deploy.progress import Progress, Quiet, Terminal
 
 if TYPE_CHECKING:
+    from fofa_deploy.files import FileRow
     from fofa_deploy.results import Measurement, RunReport, TargetRow
 
 LOG_WIDTH = 180
@@ -61,24 +62,38 @@ def _target_cells(row: TargetRow) -> list[str]:
     ]
 
 
+FIGURES = ("batch", "threads", "p50 ms", "p90", "p99", "images/s", "cold ms", "peak MiB", "runs", "note")
+
+
 def measurements(named: Sequence[tuple[str, Measurement]]) -> None:
     """One line per measurement; a percentile without enough runs says so."""
-    columns = ("artifact", "batch", "threads", "p50 ms", "p90", "p99", "images/s", "cold ms", "peak MiB", "runs", "note")
-    table("", columns, [_measurement_cells(name, found) for name, found in named])
+    table("", ("artifact", *FIGURES), [[escape(name), *_figures(found, found.warnings)] for name, found in named])
 
 
-def _measurement_cells(name: str, found: Measurement) -> list[str]:
+def file_rows(rows: Sequence[FileRow]) -> None:
+    """One line per model as it is: where it ran and in what precision, as the runtime tells it."""
+    table("", ("model", "target", "layers with weights", *FIGURES), [_file_cells(row) for row in rows])
+
+
+def _file_cells(row: FileRow) -> list[str]:
+    precision = ", ".join(f"{count} {name}" for name, count in row.precision.items()) or "none known"
+    known, found = [escape(row.model), escape(row.target), escape(precision)], row.measurement
+    if found is None:
+        return [*known, *[""] * (len(FIGURES) - 1), f"[red]{escape(row.reason)}[/]"]
+    return [*known, *_figures(found, [*found.warnings, *filter(None, [row.reason])])]
+
+
+def _figures(found: Measurement, notes: Sequence[str]) -> list[str]:
     latency = found.latency_ms
     tails = ["not enough runs" if value is None else f"{value:.3f}" for value in (latency.p90, latency.p99)]
     figures = [f"{found.throughput_sps:.0f}", f"{found.cold_start_ms:.0f}", f"{found.peak_rss_bytes / 2**20:.0f}", str(found.runs)]
     return [
-        escape(name),
         str(found.batch),
         str(found.threads),
         f"{latency.p50:.3f}",
         *tails,
         *figures,
-        escape("; ".join(found.warnings)),
+        escape("; ".join(notes)),
     ]
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from fofa_deploy.types import HardwareProfile
 
 
+SOURCE = click.Path(path_type=Path, exists=True)
+
+
 @dataclass(frozen=True)
 class Source:
     """The options that say what to work on."""
@@ -32,6 +35,8 @@ class Source:
     images: Path | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    others: tuple[Path, ...] = ()
+    """Where a verb takes several."""
 
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
@@ -45,12 +50,16 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str) -> tuple[fl
     return numbers
 
 
-def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def _together(ctx: click.Context, param: click.Parameter, value: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def source_options(command: Callable[..., Any], many: bool = False) -> Callable[..., Any]:
     """The argument SOURCE and everything that goes with it, handed to the command as one `Source`."""
 
     @functools.wraps(command)  # with the options that the command has already
     def wrapped(
-        source: Path,
+        source: tuple[Path, ...],
         profile_name: str | None,
         recipe: str | None,
         out: Path | None,
@@ -59,10 +68,10 @@ def source_options(command: Callable[..., Any]) -> Callable[..., Any]:
         std: tuple[float, ...],
         **others: Any,  # noqa: ANN401 - the command's own options
     ) -> Any:  # noqa: ANN401
-        return command(Source(source, profile_name, recipe, out, images, mean, std), **others)
+        return command(Source(source[0], profile_name, recipe, out, images, mean, std, source[1:]), **others)
 
     decorators = (
-        click.argument("source", type=click.Path(path_type=Path, exists=True)),
+        click.argument("source", nargs=-1 if many else 1, required=True, type=SOURCE, callback=_together),
         options.hardware,
         click.option("--recipe", help="Only this recipe."),
         click.option("--out", type=options.FOLDER, help="Where to build from an ONNX file; default: NAME.fofa beside it."),

@@ -18,7 +18,7 @@ from fofa_deploy.measure import Candidate
 from fofa_deploy.types import Artifact, Frozen, Scalar
 from fofa_deploy.verify import CHECKED_BATCHES
 
-RUNNER = ("energy.py", "job.py", "machine.py", "receive.py", "runtimes.py", "timing.py")
+RUNNER = ("energy.py", "job.py", "layers.py", "machine.py", "receive.py", "runtimes.py", "timing.py")
 GOLDEN, JOB, RUN = "golden.npy", "job.json", "run.py"
 START = """import sys
 from pathlib import Path

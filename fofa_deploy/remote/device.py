@@ -12,16 +12,19 @@ from fofa_deploy.errors import FofaError, IntegrityError, StageError, Unavailabl
 from fofa_deploy.judge import elsewhere_problem
 from fofa_deploy.measure import Candidate
 from fofa_deploy.remote.bundle import Job, Line, job_for, write_bundle, write_question
-from fofa_deploy.remote.results import AGAIN, Failed, Results, Timed, check_files, compare_outputs, read_results
-from fofa_deploy.remote.transport import Ssh, Transport, exchange
-from fofa_deploy.results import TargetRow
+from fofa_deploy.remote.results import Failed, Results, Timed, compare_outputs, read_results
+from fofa_deploy.remote.transport import ADB, Adb, Ssh, Transport, exchange
+from fofa_deploy.results import LayerCost, TargetRow
+from fofa_deploy.roofline import costs
 from fofa_deploy.runner.runtimes import MODULES
 from fofa_deploy.schema import validate
-from fofa_deploy.tune import Tuner, timings
-from fofa_deploy.types import Artifact, Device, HardwareProfile, Status
+from fofa_deploy.tune import Settings, Tuner, timings
+from fofa_deploy.types import Artifact, Device, HardwareProfile, LayerTime, Status
 
 QUESTION_SECONDS = 60.0
 SENT = (Status.VERIFIED, Status.BUILT_NOT_RUN)
+CARRIED = "elsewhere"
+"""The host of a device that nothing but a bundle reaches."""
 NOT_FROM_HERE = {"latency_ms": None, "measurement": None, "environment": None, "speedup": None, "chosen": False}
 
 
@@ -76,14 +79,32 @@ def places(
     devices = [own.model_copy(update={"host": host}) for host in hosts] or [own]
     told = [device.model_dump() | {"python": python or device.python} for device in devices if device.host is not None]
     checked = [validate(device, Device, "the device's address") for device in told]
-    return [Place(Ssh(str(device.host), config), device.python) for device in checked]
+    return [Place(_transport(str(device.host), config), device.python) for device in checked]
+
+
+def _transport(host: str, config: Path | None) -> Transport:
+    return Adb(host.removeprefix(ADB)) if host.startswith(ADB) else Ssh(host, config)
+
+
+def aimed(profile: HardwareProfile, host: str | None) -> HardwareProfile:
+    """The profile of a GPU or NPU as one that is on ``host``, where it does not say where it is: some build their artifacts there.
+
+    A CPU's artifacts are built here, from what its profile says of it.
+
+    Raises:
+        PlanError: the name is not that of a host.
+    """
+    if host is None or profile.device.host or profile.device.kind == "cpu":
+        return profile
+    there = validate(profile.device.model_dump() | {"host": host}, Device, "the device's address")
+    return profile.model_copy(update={"device": there})
 
 
 def profile_on(devices: Sequence[Place], tuner: Tuner, profile: HardwareProfile) -> list[TargetRow]:
     """The rows of a profile's artifacts on every device, or here without one; what failed says why."""
     if not devices:
         return tuner.tune(profile)
-    rows = tuner.attempt(profile)
+    rows = tuner.attempt(aimed(profile, devices[0].name))
     return [row for place in devices for row in _measured(place, tuner, profile, rows)]
 
 
@@ -102,16 +123,16 @@ def _sent(place: Place, tuner: Tuner, profile: HardwareProfile, row: TargetRow) 
     tuner.progress.say(f"{place.name}: {row.recipe}")
     candidate = tuner.candidate(profile, row)
     try:
-        job = _job(tuner, profile, candidate)
+        job = job_of(candidate, tuner.settings)
         results = place.run(lambda out: write_bundle(candidate, job, out), job.seconds)
         return _believed(results, job, candidate.golden, row, tuner)
     except (StageError, UserError, UnavailableError) as error:
         return _ended(row, Status.FAILED, error)
 
 
-def _job(tuner: Tuner, profile: HardwareProfile, candidate: Candidate) -> Job:
-    lines = [Line(batch=batch, threads=threads) for batch, threads in tuner.settings.lines(profile)]
-    return job_for(candidate, lines, tuner.settings.measure, tuner.settings.limits)
+def job_of(candidate: Candidate, settings: Settings) -> Job:
+    lines = [Line(batch=batch, threads=threads) for batch, threads in settings.lines(candidate.profile)]
+    return job_for(candidate, lines, settings.measure, settings.limits)
 
 
 def bundle(tuner: Tuner, profiles: Sequence[HardwareProfile], out: Path) -> None:
@@ -120,7 +141,7 @@ def bundle(tuner: Tuner, profiles: Sequence[HardwareProfile], out: Path) -> None
     Raises:
         UserError: there is none, or there are several and nothing says which; or the file cannot be written.
     """
-    tried = [(profile, row) for profile in profiles for row in tuner.attempt(profile)]
+    tried = [(profile, row) for profile in profiles for row in tuner.attempt(aimed(profile, CARRIED))]
     found = [(profile, row) for profile, row in tried if row.status in SENT]
     if len(found) != 1:
         names = ", ".join(f"--profile {p.name} --recipe {row.recipe}" for p, row in found)
@@ -128,7 +149,7 @@ def bundle(tuner: Tuner, profiles: Sequence[HardwareProfile], out: Path) -> None
     ((profile, row),) = found
     candidate = tuner.candidate(profile, row)
     try:
-        write_bundle(candidate, _job(tuner, profile, candidate), out)
+        write_bundle(candidate, job_of(candidate, tuner.settings), out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}", "free space or choose another file") from error
 
@@ -145,7 +166,7 @@ def import_results(content: bytes, where: str, tuner: Tuner, profiles: Sequence[
         raise IntegrityError(
             f"{where} belongs to none of {', '.join(p.name for p in profiles)}", "name the profile it was bundled for"
         )
-    row = next((r for r in tuner.attempt(profile) if r.recipe == results.job.recipe and r.artifact), None)
+    row = next((r for r in tuner.attempt(aimed(profile, CARRIED)) if r.recipe == results.job.recipe and r.artifact), None)
     if row is None:
         raise IntegrityError(
             f"{where} belongs to recipe {results.job.recipe!r}, which is not built here", "import it where it was bundled"
@@ -166,25 +187,30 @@ def _believed(results: Results, job: Job, golden: Path, row: TargetRow, tuner: T
         IntegrityError: they are not.
     """
     environment = results.machine()
-    if results.job != job:
-        raise IntegrityError("the results belong to another job than the one here", AGAIN)
-    if results.error:
+    if results.error and results.job == job:
         return row.model_copy(update={"status": Status.FAILED, "reason": results.error, "environment": environment})
-    check_files(results.files, job.files)
     first, *others = results.answers(job)
     if isinstance(first, Failed):
         return row.model_copy(update={"status": Status.FAILED, "reason": first.error, "environment": environment})
     found = compare_outputs(first, job, golden)
-    precision = Artifact.load(tuner.root / str(row.artifact)).recipe.precision
-    problem = elsewhere_problem(precision, found, row.golden, tuner.settings.accuracy)
+    artifact = Artifact.load(tuner.root / str(row.artifact))
+    problem = elsewhere_problem(artifact.recipe.precision, found, row.golden, tuner.settings.accuracy)
     failed = [f"batch {line.batch}, {line.threads} threads: {line.error}" for line in others if isinstance(line, Failed)]
     facts = {
         "status": Status.REJECTED if problem else Status.VERIFIED,
         "reason": "; ".join([problem or "gives the right outputs there", *failed]),
         "golden": found,
         "other_batches": tuple(line.measurement(job.artifact_sha256) for line in others if isinstance(line, Timed)),
+        "layers": _layers(results.layers, artifact),
     }
     return row.model_copy(update={**timings(first.measurement(job.artifact_sha256), environment), **facts})
+
+
+def _layers(times: tuple[LayerTime, ...], artifact: Artifact) -> tuple[LayerCost, ...]:
+    """The slowest first, in the precision that the layer table has for them; without limits, which were measured here."""
+    table = {layer.name: layer.precision for layer in artifact.layers}
+    known = tuple(time.model_copy(update={"precision": table.get(time.name, time.precision)}) for time in times)
+    return tuple(sorted(costs(known, {}, None), key=lambda layer: -layer.ms))
 
 
 def _ended(row: TargetRow, status: Status, error: FofaError) -> TargetRow:

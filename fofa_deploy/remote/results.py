@@ -19,7 +19,7 @@ from fofa_deploy.measure import summarize
 from fofa_deploy.metrics import compare
 from fofa_deploy.remote.bundle import Job
 from fofa_deploy.results import Comparison, Environment, Measurement
-from fofa_deploy.types import Frozen
+from fofa_deploy.types import Frozen, LayerTime
 
 AGAIN = "measure again; results.json is written by run.py alone"
 
@@ -73,6 +73,7 @@ class Results(Frozen):
     job: Job | None
     files: dict[str, str]
     lines: tuple[Timed | Failed, ...]
+    layers: tuple[LayerTime, ...] = Field(default=(), max_length=100_000)
     error: Text
     environment: dict[str, Any]
 
@@ -85,7 +86,10 @@ class Results(Frozen):
             raise IntegrityError(f"the results describe no machine: {error}", AGAIN) from error
 
     def answers(self, job: Job) -> tuple[Timed | Failed, ...]:
-        """One line per line of the job. Raises: IntegrityError: they are others."""
+        """One line per line of the job. Raises: IntegrityError: they are of another job, of other files or other lines."""
+        if self.job != job:
+            raise IntegrityError("the results belong to another job than the one here", AGAIN)
+        check_files(self.files, job.files)
         asked = [(line.batch, line.threads) for line in job.grid]
         given = [(line.batch, line.threads) for line in self.lines]
         if len(asked) != len(given) or any(a[0] != g[0] or a[1] not in (0, g[1]) for a, g in zip(asked, given, strict=True)):

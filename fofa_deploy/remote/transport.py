@@ -1,4 +1,4 @@
-"""How to reach a device: a command there, connected to a process here. System OpenSSH with the user's own keys and config."""
+"""How to reach a device: a command there, connected to a process here. OpenSSH with the user's own keys and config, or adb."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from typing import Protocol
 from fofa_deploy.errors import BackendError, ChildError, IntegrityError
 from fofa_deploy.types import digest_file
 
+ADB = "adb:"
+"""How a host's name begins that is reached over Android's debug bridge."""
 CONNECT_SECONDS = 15
 ATTEMPTS = 3
 """Only connecting is tried again: what has begun on the device is not begun twice."""
@@ -44,6 +46,11 @@ class Transport(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def by_hand(self) -> str:
+        """What a person types to see whether the device answers."""
+        ...
+
     def command(self, arguments: Sequence[str]) -> list[str]:
         """The local process whose standard input and output are those of ``arguments``, run there as they are."""
         ...
@@ -55,6 +62,10 @@ class Ssh:
 
     name: str
     config: Path | None = None
+
+    @property
+    def by_hand(self) -> str:
+        return f"ssh {self.name} true"
 
     def command(self, arguments: Sequence[str]) -> list[str]:
         own = ["-F", str(self.config)] if self.config else []
@@ -69,6 +80,28 @@ class Ssh:
         }
         options = [word for key, value in settings.items() for word in ("-o", f"{key}={value}")]
         return ["ssh", *own, "-T", *options, "--", self.name, shlex.join(arguments)]
+
+
+@dataclass(frozen=True)
+class Adb:
+    """A device on Android's debug bridge, by the serial number that `adb devices` lists, or its address and port.
+
+    ``-T`` gives the command plain pipes instead of a terminal, as a bundle needs. A folder for scratch files is named, because
+    Android has none of the usual ones.
+    """
+
+    serial: str
+
+    @property
+    def name(self) -> str:
+        return f"{ADB}{self.serial}"
+
+    @property
+    def by_hand(self) -> str:
+        return f"adb -s {self.serial} shell true"
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        return ["adb", "-s", self.serial, "shell", "-T", f"TMPDIR=/data/local/tmp {shlex.join(arguments)}"]
 
 
 def exchange(transport: Transport, python: str, bundle: Path, seconds: float) -> bytes:
@@ -91,7 +124,7 @@ class _Connection:
     """One run of the device's command."""
 
     def __init__(self, transport: Transport, python: str, bundle: Path, seconds: float) -> None:
-        self._name, self._marker = transport.name, f"fofa-{secrets.token_hex(8)}"
+        self._transport, self._name, self._marker = transport, transport.name, f"fofa-{secrets.token_hex(8)}"
         self._bundle, self._seconds = bundle, seconds
         self._source = files("fofa_deploy.runner").joinpath("receive.py").read_bytes()
         size = bundle.stat().st_size
@@ -108,7 +141,8 @@ class _Connection:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, start_new_session=True
             )
         except FileNotFoundError as error:
-            raise BackendError(f"{command[0]} is not installed", "install OpenSSH's client, or carry a bundle there") from error
+            self._log.close()
+            raise BackendError(f"{command[0]} is not installed", "install it, or carry a bundle there") from error
 
     def _send(self) -> None:
         """Everything, and then nothing: the end of this stream is the order to give up."""
@@ -149,14 +183,15 @@ class _Connection:
         return content
 
     def _unreachable(self) -> BackendError:
-        code, words = self._process.poll(), self._words()
+        code, words, by_hand = self._process.poll(), self._words(), f"try `{self._transport.by_hand}` by hand"
         if code in (126, 127):
             return BackendError(
                 f"{self._name} has no such Python: {words}", "install Python 3.9 or later there, or name it with --python"
             )
         if code in (None, 255):
-            return BackendError(f"{self._name} cannot be reached: {words or 'no answer'}", f"try `ssh {self._name} true` by hand")
-        return BackendError(f"{self._name} ended with code {code}: {words}", "name a Python of 3.9 or later with --python")
+            return BackendError(f"{self._name} cannot be reached: {words or 'no answer'}", by_hand)
+        action = f"{by_hand}; if that is silent, name a Python of 3.9 or later with --python"
+        return BackendError(f"{self._name} ended with code {code}: {words}", action)
 
     def _line(self, deadline: float) -> str | None:
         """The next line meant for us, without its marker; None when there will be none."""

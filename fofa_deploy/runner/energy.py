@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fofa_deploy.runner.machine import ordinal
+
 
 class Meter:
-    """Energy of the blocks it is held over: RAPL counters, else INA power sensors, else the reason why there is none."""
+    """Energy of the blocks it is held over: RAPL counters, else INA power sensors, else the reason why there is none.
 
-    def __init__(self, sys_class: Path = Path("/sys/class")) -> None:
+    With the number of a CUDA device, that of the GPU by NVML, else of the board it is soldered to; never the CPU's alone.
+    """
+
+    def __init__(self, sys_class: Path = Path("/sys/class"), gpu: int | None = None) -> None:
         self.clear()
+        self._joules_by_nvml, self.reason = (None, "") if gpu is None else _nvml(gpu)
+        self._counters: list[Path] = []
+        self._sensors: list[Path] = []
+        if gpu is None:
+            self._find_counters(sys_class)
+        elif self.reason:
+            self._sensors = _power_sensors(sys_class)
+            self.reason = self._unreadable() if self._sensors else self.reason
+
+    @classmethod
+    def beside(cls, bound: str, name: str) -> Meter:
+        """For a session on the device that its runtime calls ``bound``, and whose user asked for ``name``."""
+        return cls(gpu=ordinal(name) if bound.lower().startswith("cuda") else None)
+
+    def _find_counters(self, sys_class: Path) -> None:
         self._counters = sorted(sys_class.glob("powercap/intel-rapl:[0-9]*/energy_uj"))
         self._counters = [path for path in self._counters if path.parent.name.count(":") == 1]
         self._sensors = [] if self._counters else _power_sensors(sys_class)
@@ -28,6 +49,8 @@ class Meter:
 
     def _read(self) -> float:
         """Joules so far, or watts now."""
+        if self._joules_by_nvml:
+            return self._joules_by_nvml()
         return sum(int(path.read_text()) for path in self._counters or self._sensors) / 1e6
 
     @contextmanager
@@ -47,7 +70,7 @@ class Meter:
     def _used(self, before: float, after: float, seconds: float) -> float:
         if self._sensors:
             return (before + after) / 2 * seconds
-        return after - before if after >= before else after - before + self._range()
+        return after - before if after >= before or not self._counters else after - before + self._range()
 
     def _range(self) -> float:
         """Where a counter starts again at nothing."""
@@ -57,8 +80,26 @@ class Meter:
         """``energy_mj`` per run, of the whole package or board, idle power included; None with ``energy_reason``."""
         if self.reason:
             return {"energy_mj": None, "energy_reason": self.reason}
-        of = "board's power rails, sampled" if self._sensors else "CPU package by RAPL"
+        of = "board's power rails, sampled" if self._sensors else "CPU package by RAPL" if self._counters else "GPU by NVML"
         return {"energy_mj": 1e3 * self._joules / self._runs, "energy_reason": f"of the whole {of}, idle power included"}
+
+
+def _nvml(index: int) -> tuple[Callable[[], float] | None, str]:
+    """Joules that a CUDA device has used so far, or why they are not known."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return None, "a GPU's energy is told by NVML: install nvidia-ml-py"
+    try:
+        nvml.nvmlInit()
+        several = nvml.nvmlDeviceGetCount() > 1
+        if os.environ.get("CUDA_VISIBLE_DEVICES") or (several and os.environ.get("CUDA_DEVICE_ORDER") != "PCI_BUS_ID"):
+            return None, "CUDA and NVML number the GPUs differently: set CUDA_DEVICE_ORDER=PCI_BUS_ID, and no CUDA_VISIBLE_DEVICES"
+        handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except nvml.NVMLError as error:
+        return None, f"NVML tells no energy: {error}"
+    return lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, ""
 
 
 def _power_sensors(sys_class: Path) -> list[Path]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fofa_deploy.runner.energy import Meter
+from fofa_deploy.runner.layers import layer_times
 from fofa_deploy.runner.machine import PACKAGES, facts, package_versions, peak_rss_bytes
 from fofa_deploy.runner.runtimes import MODULES, OPENERS, RunnerError, build_engine
 from fofa_deploy.runner.timing import steady, timed
@@ -31,7 +32,7 @@ LOG_TAIL = 1000
 
 def run_job(folder: Path) -> dict[str, Any]:
     """The content of results.json; everything that can go wrong on the device is in ``error``, of the whole or of a line."""
-    found: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "job": None, "files": {}, "lines": [], "error": ""}
+    found: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "job": None, "files": {}, "lines": [], "layers": [], "error": ""}
     found["environment"] = facts() | {"versions": package_versions(PACKAGES)}
     if not (folder / JOB).is_file():
         return found
@@ -42,6 +43,7 @@ def run_job(folder: Path) -> dict[str, Any]:
         if _builds_here(job):
             _child(folder, "build", 0, job["build_seconds"])
         found["lines"] = [_line(folder, number, job) for number in range(len(job["grid"]))]
+        found["layers"] = _layers(folder, job)
     except RunnerError as error:
         found["error"] = str(error)
     return found
@@ -75,6 +77,15 @@ def _line(folder: Path, number: int, job: dict[str, Any]) -> dict[str, Any]:
     except RunnerError as error:
         measured = {"error": str(error)}
     return {**job["grid"][number], **measured}
+
+
+def _layers(folder: Path, job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Beside the point of a job: without them it is as good."""
+    try:
+        layers: list[dict[str, Any]] = _child(folder, "layers", 0, job["run_seconds"])["layers"]
+    except RunnerError:
+        return []
+    return layers
 
 
 def _child(folder: Path, task: str, number: int, seconds: float) -> dict[str, Any]:
@@ -115,14 +126,12 @@ def measure_line(folder: Path, job: dict[str, Any], number: int) -> dict[str, An
     """One line of the grid, measured; the first one also gives the logits of the golden inputs, in every checked batch size."""
     import numpy as np
 
-    line, golden = job["grid"][number], np.load(folder / GOLDEN, allow_pickle=False)
-    images = np.ascontiguousarray(np.resize(golden, (line["batch"], *golden.shape[1:])))
-    threads = line["threads"] or len(os.sched_getaffinity(0))
+    golden, images, threads = _asked(folder, job, number)
     started = time.perf_counter_ns()
     device, run = OPENERS[job["runtime"]](job, folder / (ENGINE if _builds_here(job) else job["main"]), threads)
     loaded = time.perf_counter_ns()
     (first,) = timed(lambda: run(images).item(0), 1)
-    meter = Meter()
+    meter = Meter.beside(device, job["device_name"])
     times, warmup = steady(lambda: run(images).item(0), job["measure"], meter)
     found = {
         "device": device,
@@ -141,6 +150,15 @@ def measure_line(folder: Path, job: dict[str, Any], number: int) -> dict[str, An
     return found
 
 
+def _asked(folder: Path, job: dict[str, Any], number: int) -> tuple[Any, Any, int]:
+    """The golden inputs, a line's inputs made of them, and its number of threads."""
+    import numpy as np
+
+    line, golden = job["grid"][number], np.load(folder / GOLDEN, allow_pickle=False)
+    images = np.ascontiguousarray(np.resize(golden, (line["batch"], *golden.shape[1:])))
+    return golden, images, line["threads"] or len(os.sched_getaffinity(0))
+
+
 def _packed(array: Any) -> str:  # noqa: ANN401 - numpy is not there when annotations are read
     return base64.b64encode(array.tobytes()).decode()
 
@@ -153,6 +171,9 @@ def _perform(task: str, number: int, folder: Path) -> dict[str, Any]:
         if task == "build":
             build_engine(job, folder / job["main"], folder / ENGINE)
             return {}
+        if task == "layers":
+            _, images, threads = _asked(folder, job, 0)
+            return {"layers": layer_times(job, folder / job["main"], threads, images[:1])}
         return measure_line(folder, job, number)
     except ImportError as error:
         package = MODULES[job["runtime"]]

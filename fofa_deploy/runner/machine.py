@@ -65,6 +65,12 @@ def _power_mode() -> str | None:
     return " ".join(asked.stdout.split()) or None
 
 
+def ordinal(name: str) -> int:
+    """``cuda:1`` -> 1; a name without a number is device 0."""
+    digits = name.rpartition(":")[2]
+    return int(digits) if digits.isdigit() else 0
+
+
 def peak_rss_bytes() -> int:
     """High-water mark of this process' resident memory.
 

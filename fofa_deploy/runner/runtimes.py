@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fofa_deploy.runner.machine import ordinal
+
 MODULES = {"onnxruntime": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 Run = Callable[[Any], Any]
 
@@ -21,7 +23,8 @@ class RunnerError(Exception):
     """The job cannot be done here; the text is for the person who reads the results."""
 
 
-def _onnxruntime(job: dict[str, Any], path: Path, threads: int) -> tuple[str, Run]:
+def onnxruntime_session(job: dict[str, Any], path: Path, threads: int, trace: str = "") -> Any:  # noqa: ANN401
+    """A session really bound to the job's provider; with ``trace`` it profiles itself into files of that prefix."""
     import onnxruntime as ort
 
     options, wanted = ort.SessionOptions(), {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}[job["device_kind"]]
@@ -30,31 +33,39 @@ def _onnxruntime(job: dict[str, Any], path: Path, threads: int) -> tuple[str, Ru
     options.inter_op_num_threads, options.intra_op_num_threads, options.log_severity_level = 1, threads, 3
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(job["spinning"])))
     options.add_session_config_entry("session.x64quantprecision", str(int(bool(job["options"].get("exact_kernels")))))
-    own = {"device_id": str(_ordinal(job)), "use_tf32": "0"} if job["device_kind"] == "gpu" else {}
+    if trace:
+        options.enable_profiling, options.profile_file_prefix = True, trace
+    own = {"device_id": str(ordinal(job["device_name"])), "use_tf32": "0"} if job["device_kind"] == "gpu" else {}
     session = ort.InferenceSession(str(path), options, providers=[wanted], provider_options=[own])
     if session.get_providers()[0] != wanted:
         raise RunnerError(f"onnxruntime bound {session.get_providers()[0]} and not {wanted}")
-    return wanted, lambda images: session.run([job["output"]], {job["input"]: images})[0]
+    return session
 
 
-def _openvino(job: dict[str, Any], path: Path, threads: int) -> tuple[str, Run]:
+def _onnxruntime(job: dict[str, Any], path: Path, threads: int) -> tuple[str, Run]:
+    session = onnxruntime_session(job, path, threads)
+    return session.get_providers()[0], lambda images: session.run([job["output"]], {job["input"]: images})[0]
+
+
+def openvino_model(job: dict[str, Any], path: Path, threads: int, **more: object) -> Any:  # noqa: ANN401
+    """Compiled for exactly the job's device and precision."""
     import openvino as ov
 
     wanted = {"fp32": ov.Type.f32, "bf16": ov.Type.bf16, "fp16": ov.Type.f16}[job["options"]["inference_precision"]]
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": wanted}
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": wanted, **more}
     if job["device_kind"] == "cpu":
         config["INFERENCE_NUM_THREADS"] = threads
     compiled = ov.Core().compile_model(path, job["device_name"], config)
     runs_in, bound = compiled.get_property("INFERENCE_PRECISION_HINT"), compiled.get_property("EXECUTION_DEVICES")
     if runs_in != wanted or any(name.split(".")[0] != job["device_name"].split(".")[0] for name in bound):
         raise RunnerError(f"OpenVINO bound {bound} in {runs_in.to_string()}: asked for {job['device_name']}, {wanted.to_string()}")
-    request = compiled.create_infer_request()
+    return compiled
+
+
+def _openvino(job: dict[str, Any], path: Path, threads: int) -> tuple[str, Run]:
+    compiled = openvino_model(job, path, threads)
+    request, bound = compiled.create_infer_request(), compiled.get_property("EXECUTION_DEVICES")
     return ",".join(bound), lambda images: request.infer({job["input"]: images})[job["output"]].copy()
-
-
-def _ordinal(job: dict[str, Any]) -> int:
-    digits = str(job["device_name"]).rpartition(":")[2]
-    return int(digits) if digits.isdigit() else 0
 
 
 def build_engine(job: dict[str, Any], source: Path, target: Path) -> None:
@@ -84,7 +95,7 @@ def _tensorrt(job: dict[str, Any], path: Path, threads: int) -> tuple[str, Run]:
     import numpy as np
 
     trt, cuda = importlib.import_module(MODULES[job["runtime"]]), _cudart()
-    cuda("cudaSetDevice", _ordinal(job))
+    cuda("cudaSetDevice", ordinal(job["device_name"]))
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
@@ -114,7 +125,7 @@ def _tensorrt(job: dict[str, Any], path: Path, threads: int) -> tuple[str, Run]:
         cuda("cudaStreamSynchronize", stream)
         return result
 
-    return f"cuda:{_ordinal(job)}", run
+    return f"cuda:{ordinal(job['device_name'])}", run
 
 
 def _cudart() -> Callable[..., None]:

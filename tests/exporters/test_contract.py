@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fofa_deploy.backend import Backend, LayerProfiler, Session, backend_names, get_backend
+from fofa_deploy.backend import Backend, FileOpener, LayerProfiler, Session, backend_names, get_backend
 from fofa_deploy.errors import BackendError, BuildError, IntegrityError
 from fofa_deploy.results import Peaks
 from fofa_deploy.roofline import costs, work
@@ -172,6 +172,22 @@ def test_layer_times_are_those_of_its_layers(built: Built, session: Session):
     assert 2 * len(timed) > len(weighted)
     nodes = {layer.macs for layer in costs(times, work(built.captured.graph.path), PEAKS)} - {None}
     assert nodes, "no layer is found again in the graph"
+
+
+def test_its_own_files_open_as_if_others_had_built_them(built: Built, session: Session):
+    backend, artifact = built.backend, built.artifact
+    if not isinstance(backend, FileOpener):
+        pytest.skip(f"{backend.name} opens only what it has built")
+    assert artifact.path.suffix in backend.suffixes
+    found = backend.describe_file(artifact.path, built.profile)
+    assert [(spec.name, spec.shape[1:], spec.dtype) for spec in found.inputs] == [("images", (3, 32, 32), "float32")]
+    assert {record.sha256 for record in found.files} == {record.sha256 for record in artifact.files}
+    weighted = {layer.name: layer.precision for layer in artifact.layers if layer.weighted}
+    assert {layer.name for layer in found.layers if layer.weighted} == weighted.keys()
+    with backend.open_file(found, built.profile) as opened:
+        logits = run_in_batches(opened, built.captured.inputs, 8)
+    assert logits.shape == built.captured.logits.shape
+    assert np.isfinite(logits).all()
 
 
 def test_names_the_device(session: Session):

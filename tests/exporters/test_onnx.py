@@ -65,6 +65,19 @@ def test_custom_domain_is_refused(domain: str, tmp_path: Path):
         _onnx.read(Graph.load(tmp_path))
 
 
+def test_what_hides_in_a_branch_of_a_function_is_found(tmp_path: Path):
+    graph, make = stand_in("cnn", tmp_path), onnx.helper
+    result = make.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    branch = make.make_graph([make.make_node("Anything", [], ["y"], domain="evil.example")], "branch", [], [result])
+    choice = make.make_node("If", ["x"], ["z"], then_branch=branch, else_branch=branch)
+    opsets = [make.make_opsetid("", 18), make.make_opsetid("evil.example", 1)]
+    model = onnx.load(graph.path)
+    model.functions.append(make.make_function("ai.onnx", "Choice", ["x"], ["z"], [choice], opsets))
+    onnx.save(model, graph.path)
+    with pytest.raises(GraphError, match=r"evil\.example"):
+        _onnx.read(Graph.load(tmp_path))
+
+
 @pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0a" * 50])
 def test_junk_is_refused(content: bytes, tmp_path: Path):
     write_sidecar(tmp_path, "junk")
