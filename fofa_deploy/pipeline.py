@@ -30,7 +30,7 @@ from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
 from fofa_deploy.store import Store, write_atomic
-from fofa_deploy.tune import Evidence, Settings, Tuner
+from fofa_deploy.tune import Evidence, Settings, Tuner, sensitivity
 from fofa_deploy.types import Graph, Status
 from fofa_deploy.verify import GraphCheck
 
@@ -241,6 +241,7 @@ class Run:
             student=read_summary(self.student),
             targets=tuple(rows),
             reference=reference,
+            sensitivity=sensitivity(self.store.root),
             curves={name: curve for name, curve in trained.items() if curve},
             environment=environment.describe(),
             stages=tuple(self.store.timings),

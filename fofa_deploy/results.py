@@ -188,6 +188,10 @@ class RunReport(Frozen):
     student: ModelSummary
     targets: tuple[TargetRow, ...]
     reference: TargetRow | None = Field(default=None, description="the model to beat: fp32 on ONNX Runtime")
+    sensitivity: dict[str, float] = Field(
+        default={},
+        description="relative squared error of the logits by layer quantized alone; the worst first",
+    )
     curves: dict[str, tuple[Epoch, ...]] = Field(default={}, description="training curves by stage")
     environment: Environment
     sidecar: Sidecar | None = Field(default=None, description="input, preprocessing and classes of the deployed model")

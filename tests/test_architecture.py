@@ -50,6 +50,7 @@ QUANTIZATION = (
     ".statistics",
     ".writer",
 )
+PARTS = "__init__ observed prepare ranges recipes recover scheme sensitivity statistics writer"
 RUNTIMES = {
     "_device": set(),
     "_engine": {"onnx"},

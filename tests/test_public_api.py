@@ -55,7 +55,7 @@ ERRORS = {
 TYPES = {
     "Artifact": "backend recipe graph_sha256 files layers versions sidecar folder",
     "Budget": "p90_ms size_bytes peak_rss_bytes",
-    "Calibration": "images preprocessing input_name",
+    "Calibration": "images preprocessing input_name statistics sensitivity",
     "Device": "kind name architecture features host python",
     "Execution": "threads batch_sizes spinning",
     "FileRecord": "path sha256 size_bytes",
@@ -64,7 +64,7 @@ TYPES = {
     "Layer": "name operator precision weighted",
     "Preprocessing": "image_size channels mean std interpolation crop_fraction",
     "Probe": "can_build can_run reason versions",
-    "Recipe": "name precision description needs_calibration options",
+    "Recipe": "name precision description needs_calibration observes family options",
     "Sidecar": "schema_version model input output preprocessing class_names",
     "TensorSpec": "name shape dtype",
 }

@@ -78,18 +78,22 @@ class Dot:
 
 
 def scatter(report: RunReport) -> Markup:
-    """Every recipe with a latency and an accuracy; the chosen ones filled. Empty when there is none."""
+    """Every recipe with a latency and an accuracy, and each target's Pareto front; the chosen ones filled. Empty when none is."""
     dots = _dots(report)
     if not dots:
         return Markup("")
     with mpl.rc_context(STYLE):
         figure, (axes,) = figure_of(14.4, 6.0, 1)
         star = _star(report)
+        for number in {dot.number for dot in dots}:
+            _draw_front(axes, [dot for dot in dots if dot.number == number])
         for dot in dots:
             _draw(axes, dot)
         if star:
             _draw_reference(axes, star)
-        _scatter_axes(axes, [dot.x for dot in (*dots, *([star] if star else []))])
+        labelled = any(row.validation and row.validation.top1 is not None for row in report.targets)
+        height = "validation top-1" if labelled else "agreement with PyTorch"
+        _scatter_axes(axes, [dot.x for dot in (*dots, *([star] if star else []))], height)
         _legend(axes, report, {dot.number for dot in dots}, star)
         figure.tight_layout()
         _label_all(figure, axes, dots)
@@ -111,9 +115,11 @@ def _floor(accuracies: Sequence[float]) -> float:
 
 
 def _place(row: TargetRow | None) -> Point | None:
-    if row is None or row.latency_ms is None or row.validation is None or row.validation.top1 is None:
+    """Without labels, how often it says the same as PyTorch."""
+    if row is None or row.latency_ms is None or row.validation is None:
         return None
-    return row.latency_ms.p50, 100 * row.validation.top1
+    found = row.validation
+    return row.latency_ms.p50, 100 * (found.agreement if found.top1 is None else found.top1)
 
 
 def _name(row: TargetRow, y: float, floor: float) -> str:
@@ -136,13 +142,21 @@ def _draw(axes: Axes, dot: Dot) -> None:
     axes.plot(dot.x, dot.y, marker, ms=size, mfc=face, mec=colour, mew=1.8, zorder=4 if dot.chosen else 3)
 
 
+def _draw_front(axes: Axes, dots: Sequence[Dot]) -> None:
+    """The Pareto front of a target: what no other of its recipes beats in both."""
+    front = [dot for dot in dots if not any(o.x <= dot.x and o.y >= dot.y and (o.x, o.y) != (dot.x, dot.y) for o in dots)]
+    front.sort(key=lambda dot: dot.x)
+    colour, _ = _look(dots[0].number)
+    axes.step([dot.x for dot in front], [dot.y for dot in front], where="post", color=colour, lw=1.2, alpha=0.6, zorder=2)
+
+
 def _draw_reference(axes: Axes, star: Dot) -> None:
     axes.axhline(star.y, color=MUTED, lw=0.9, ls=(0, (2, 4)), zorder=1)
     axes.axvline(star.x, color=MUTED, lw=0.9, ls=(0, (2, 4)), zorder=1)
     axes.plot(star.x, star.y, "*", ms=15, color=INK, zorder=4)
 
 
-def _scatter_axes(axes: Axes, times: Sequence[float]) -> None:
+def _scatter_axes(axes: Axes, times: Sequence[float], height: str) -> None:
     if min(times) > 0 and max(times) > 4 * min(times):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -154,7 +168,7 @@ def _scatter_axes(axes: Axes, times: Sequence[float]) -> None:
     axes.grid(axis="y", color=RULE, lw=0.8)
     axes.tick_params(length=0, pad=6)
     axes.set_xlabel("median latency, ms")
-    axes.set_ylabel("validation top-1")
+    axes.set_ylabel(height)
 
 
 def _legend(axes: Axes, report: RunReport, numbers: set[int], star: Dot | None) -> None:

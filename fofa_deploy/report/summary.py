@@ -36,6 +36,12 @@ def targets_of(report: RunReport) -> tuple[Target, ...]:
     return tuple(Target(name, tuple(row for row in report.targets if row.target == name)) for name in names)
 
 
+def most_sensitive(report: RunReport) -> list[tuple[str, float, float]]:
+    """(layer, squared error of the logits, share of all layers' errors), the worst first."""
+    total = sum(report.sensitivity.values())
+    return [(name, error, error / total if total else 0.0) for name, error in report.sensitivity.items()][:TOP]
+
+
 def verified_rows(report: RunReport) -> list[TargetRow]:
     """The chosen recipes that were run and kept."""
     return [t.chosen for t in targets_of(report) if t.chosen and t.chosen.status is Status.VERIFIED]

@@ -10,5 +10,6 @@ rows.py       what each of them found, as rows of the report
 from fofa_deploy.tune.evidence import Evidence, Settings
 from fofa_deploy.tune.rows import timings, with_threads
 from fofa_deploy.tune.tuner import Tuner
+from fofa_deploy.tune.workbench import sensitivity
 
-__all__ = ["Evidence", "Settings", "Tuner", "timings", "with_threads"]
+__all__ = ["Evidence", "Settings", "Tuner", "sensitivity", "timings", "with_threads"]

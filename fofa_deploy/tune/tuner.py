@@ -6,7 +6,6 @@ validation split; the test split is read once, for the recipe that was chosen.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from fofa_deploy.store import Store
 from fofa_deploy.tune.evidence import Evidence, Settings
 from fofa_deploy.tune.rows import first_line, p50, row_of, timings, with_threads
 from fofa_deploy.tune.search import Race, Search
-from fofa_deploy.tune.workbench import OBSERVED, Workbench
+from fofa_deploy.tune.workbench import Workbench
 from fofa_deploy.types import Artifact, Graph, HardwareProfile, Status
 
 SHORT = MeasurePlan(seconds=0.3, max_seconds=0.6, warmup_seconds=0.1, warmup_runs=3)
@@ -92,12 +91,6 @@ class Tuner:
     def _offer(self, profile: HardwareProfile) -> Offer:
         request = OfferRequest(graph=self._bench.folder, profile=profile)
         return run_isolated("fofa_deploy.diagnosis:offer", request, Offer, seconds=self.settings.limits.build_seconds)
-
-    def sensitivity(self) -> dict[str, float]:
-        """Squared error of the logits, relative to their own square, by layer quantized alone; empty where no recipe asked."""
-        path = self.root / OBSERVED["sensitivity"] / "sensitivity.json"
-        found: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
-        return found
 
     # --- timing ---------------------------------------------------------------------------------------------------
 

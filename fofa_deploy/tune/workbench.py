@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,13 @@ from fofa_deploy.verify import Verification, VerifyRequest
 
 OBSERVED = {"statistics": "observed/statistics", "sensitivity": "observed/sensitivity"}
 """Stages that recipes share, in the order in which they are made."""
+
+
+def sensitivity(root: Path) -> dict[str, float]:
+    """What quantizing each layer alone does to the logits of a run's student, the worst first; empty where no recipe asked."""
+    path = root / OBSERVED["sensitivity"] / "sensitivity.json"
+    found: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 class BuildRequest(Frozen):
