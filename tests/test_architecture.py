@@ -27,7 +27,7 @@ ORDER = """
     layers
     diagnosis judge inference report
     distill capture tune gate
-    remote
+    remote recovery
     adopt pipeline
     cli
 """
