@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 
 import narrow
-import numpy as np
 import pytest
-import torch
-from narrow import TAPS
-from tiny import run_cli
 
-from fofa_deploy.config import RunPlan
+from fofa_deploy.backend import get_backend
+from fofa_deploy.config import AccuracyPlan, RunPlan, ready_made
 from fofa_deploy.data import load_data
-from fofa_deploy.distill.job import WEIGHTS, Workshop, read_summary
+from fofa_deploy.distill.job import Workshop, retraining
+from fofa_deploy.errors import PlanError
+from fofa_deploy.judge import accuracy_problem
 from fofa_deploy.models import save_weights
-from fofa_deploy.pipeline import compress_and_export, opened
+from fofa_deploy.pipeline import Run, compress_and_export, reopened
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
-from fofa_deploy.recovery import PREFIX
+from fofa_deploy.recovery import PREFIX, recovered
+from fofa_deploy.results import Comparison
 from fofa_deploy.schema import validate
-from fofa_deploy.types import Artifact, Status
+from fofa_deploy.store import Store
+from fofa_deploy.types import Artifact, Graph, HardwareProfile, Precision, Status
+from fofa_deploy.verify import Verification
 
-STUDENT = {"model": "narrow:Narrow", "taps": TAPS}
+STUDENT = {"model": "narrow:Narrow", "taps": narrow.TAPS}
 PLAN = {
     "name": "narrow",
     "threads": 1,
-    "targets": ["cpu-onnxruntime", "cpu-openvino"],
+    "targets": ["cpu-onnxruntime"],
     "data": {"name": "digits", "image_size": 16, "channels": 1, "shift": 1, "validation_fraction": 0.2},
     "accuracy": {"max_top1_drop": 0.03},
     "measure": {"seconds": 0.2, "max_seconds": 0.5},
@@ -40,9 +42,9 @@ def plan(student=STUDENT, **tables) -> RunPlan:
 
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory) -> RunPlan:
-    """The plan of a trained network that int8 ruins: its channels share one scale per tensor, and none suits them all."""
+    """The plan of a trained network that int8 ruins: no scale per tensor suits all of its channels."""
     folder = tmp_path_factory.mktemp("float")
-    alone = plan(distill={"method": "none", "epochs": 8, "batch_size": 32, "lr": 3e-3})
+    alone = plan(distill={"method": "none", "epochs": 6, "batch_size": 32, "lr": 3e-3})
     workshop = Workshop(load_data(alone.data, 0), 0, 1, Quiet())
     workshop.distill(alone.student, alone.distill, folder, None)
     model = workshop.load(alone.student, folder)
@@ -57,8 +59,82 @@ def finished(spread, tmp_path_factory):
     return out, compress_and_export(spread, out, Quiet())
 
 
-@pytest.mark.parametrize("target", PLAN["targets"])
-def test_training_recovers_what_quantization_lost(finished, target):
+def test_training_recovers_what_quantization_lost(finished):
     out, report = finished
-    rows = [row for row in report.targets if row.target == target]
-    for row in rows: print(row.recipe, row.status, row.validation.top1, row.validation.agreement)
+    precision = {row.recipe: Artifact.load(out / row.artifact).recipe.precision for row in report.targets}
+    top1 = {row.recipe: row.validation.top1 for row in report.targets}
+    before = [row for row in report.targets if precision[row.recipe] == "int8" and not row.recipe.startswith(PREFIX)]
+    after = [row for row in report.targets if row.recipe.startswith(PREFIX)]
+    assert [row.recipe for row in after] == [f"{PREFIX}{row.recipe}" for row in before]
+    assert {row.status for row in before} == {Status.REJECTED}
+    assert {row.status for row in after} == {Status.VERIFIED}
+    for row in after:
+        assert precision[row.recipe] == Precision.INT8
+        assert row.latency_ms is not None, "it competes"
+        assert top1[row.recipe] > top1["fp32"] - 0.03 > top1[row.recipe.removeprefix(PREFIX)]
+        assert row.validation.agreement > 0.97, "with the retrained student's own logits"
+    assert [epoch.epoch for epoch in report.curves["student-qat"]] == list(range(1, 11))
+
+
+def test_a_finished_run_finds_its_artifacts_again(finished):
+    out, report = finished
+    with reopened(out, Quiet(), stored=True) as run:
+        tuner = run.tuner(build=False, timed=False)
+        rows = tuner.attempt(run.profiles[0])
+        assert {row.recipe: row.sha256 for row in rows} == {row.recipe: row.sha256 for row in report.targets}
+        golden = {row.recipe: tuner.candidate(run.profiles[0], row).golden.parent.name for row in rows}
+        assert {name: folder for name, folder in golden.items() if name.startswith(PREFIX) == (folder == "graph")} == {}
+        assert [timing.stage for timing in run.store.timings if not timing.reused] == []
+
+
+def attempted(finished, spread, profile: HardwareProfile, recipe: str | None = None, **qat):
+    changed = spread.model_copy(update={"qat": spread.qat.model_copy(update=qat)})
+    with Store(finished[0]) as store:
+        run = Run(changed, store, Quiet())
+        return run.tuner(recipe, timed=False).attempt(profile), run.notices
+
+
+def test_never_means_never(finished, spread):
+    rows, _ = attempted(finished, spread, find_profile("cpu-onnxruntime"), when="never")
+    assert [row.recipe for row in rows if row.recipe.startswith(PREFIX)] == []
+    assert len(rows) >= 2
+
+
+@pytest.mark.parametrize(("name", "package"), [("cpu-openvino", "openvino"), ("rtx-desktop", "tensorrt_rtx")])
+def test_other_back_ends_build_the_retrained_student(finished, spread, name, package):
+    pytest.importorskip(package, reason=f"{package} is an optional extra")
+    profile = find_profile(name).model_copy(update={"precisions": (Precision.INT8,)})
+    offered = get_backend(profile.runtime).recipes(profile, Graph.load(finished[0] / "graph-qat"))
+    rows, _ = attempted(finished, spread, profile, f"{PREFIX}{offered[0].name}")
+    (row,) = rows
+    assert row.precision.get("int8"), row.reason
+    artifact = Artifact.load(finished[0] / row.artifact)
+    assert artifact.graph_sha256 == Graph.load(finished[0] / "graph-qat").sha256
+    assert artifact.size_bytes > 1000
+    if row.status is not Status.BUILT_NOT_RUN:
+        assert row.status is Status.VERIFIED, row.reason
+
+
+def test_the_bar_is_the_student_before():
+    budget = recovered(AccuracyPlan(max_top1_drop=0.02), 0.9)
+
+    def judged(top1: float) -> str:
+        found = Comparison(samples=100, finite=True, top1=top1, agreement=1.0)
+        return accuracy_problem(Precision.INT8, Verification(golden=found, whole=found), budget, 0.99)
+
+    assert judged(0.88) == ""
+    assert "below the floor of 88.00%" in judged(0.87)
+    assert recovered(AccuracyPlan(min_top1=0.95), 0.9).min_top1 == 0.95
+
+
+def test_without_labels_nothing_is_trained(tmp_path):
+    made = ready_made(Path("weights.safetensors"), "timm:resnet10t", 10, tmp_path)
+    with Store(tmp_path / "run") as store, pytest.raises(PlanError, match="without labels"):
+        _ = Run(made, store, Quiet()).retrained
+
+
+def test_a_student_without_a_teacher_teaches_itself():
+    assert retraining(plan(distill={"method": "none"})).method == "kd"
+    taught = {"model": "timm:resnet10t", "fit": {"epochs": 1}}
+    found = retraining(plan(teacher=taught, distill={"method": "fofa+rsd", "lr": 1e-2, "batch_size": 16}, qat={"epochs": 2}))
+    assert (found.method, found.epochs, found.lr, found.batch_size) == ("fofa+rsd", 2, 1e-3, 16)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fofa_deploy.distill import parallel
 from fofa_deploy.distill.probe import frozen_in_eval
 
 LEVELS = {7: 64, 8: 127}
@@ -75,7 +76,7 @@ class InputRange(nn.Module):
         return torch.fake_quantize_per_tensor_affine(inputs.float(), scale, origin, 0, 255).to(inputs.dtype)
 
     def _follow(self, inputs: Tensor) -> None:
-        low, high = inputs.aminmax()
+        low, high = parallel.extremes(inputs)
         moves = self.seen < self._updates  # a tensor: asking for its value would wait for the device
         self.low.copy_(torch.where(moves, torch.minimum(low, self.low.lerp(low, DECAY)).clamp(max=0), self.low))
         self.high.copy_(torch.where(moves, torch.maximum(high, self.high.lerp(high, DECAY)).clamp(min=0), self.high))
