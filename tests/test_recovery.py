@@ -136,5 +136,5 @@ def test_without_labels_nothing_is_trained(tmp_path):
 def test_a_student_without_a_teacher_teaches_itself():
     assert retraining(plan(distill={"method": "none"})).method == "kd"
     taught = {"model": "timm:resnet10t", "fit": {"epochs": 1}}
-    found = retraining(plan(teacher=taught, distill={"method": "fofa+rsd", "lr": 1e-2, "batch_size": 16}, qat={"epochs": 2}))
-    assert (found.method, found.epochs, found.lr, found.batch_size) == ("fofa+rsd", 2, 1e-3, 16)
+    found = retraining(plan(teacher=taught, distill={"method": "dkd+fofa+rsd", "lr": 1e-2, "batch_size": 16}, qat={"epochs": 2}))
+    assert (found.method, found.epochs, found.lr, found.batch_size) == ("dkd", 2, 1e-3, 16)

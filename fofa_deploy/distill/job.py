@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fofa_deploy.config import DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
+from fofa_deploy.config import LOGIT_TERMS, DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
 from fofa_deploy.data import Data, Split, eval_batches, preprocessing
 from fofa_deploy.distill import parallel
 from fofa_deploy.distill.fake import fake_quantized
@@ -153,10 +153,14 @@ class Workshop:
 
 
 def retraining(plan: RunPlan) -> DistillPlan:
-    """The plan's distillation again, short and gentle; without a teacher the float student teaches itself by ``kd``."""
+    """The plan's distillation again, short and gentle; without a teacher the float student teaches itself by ``kd``.
+
+    Of its terms those about logits are left: what the others train beside the student would start anew, and needs longer.
+    """
     usual = plan.distill or DistillPlan(method="none")
+    method = "+".join(term for term in usual.terms if term in LOGIT_TERMS) or "kd"
     changes = {"epochs": plan.qat.epochs, "lr": plan.qat.lr or usual.lr / 10, "warmup_epochs": 0.1 * plan.qat.epochs}
-    return usual.model_copy(update={**changes, "method": usual.method if usual.terms else "kd", "compile": False})
+    return usual.model_copy(update={**changes, "method": method, "compile": False})
 
 
 def _write(path: Path, records: Sequence[object]) -> None:
