@@ -202,6 +202,17 @@ class DistillPlan(TrainPlan):
         return value
 
 
+class QatPlan(Frozen):
+    """Quantization-aware training of the student; docs/quantization.md. What is not said here is as in [distill]."""
+
+    when: Literal["never", "needed", "always"] = Field(
+        default="needed", description="needed: a target's int8 recipes all miss the accuracy budget"
+    )
+    epochs: PositiveInt = 3
+    lr: PositiveFloat | None = Field(default=None, description="default: a tenth of distill.lr")
+    weight_bits: Literal[7, 8] = Field(default=7, description="7 also suits CPUs whose int8 products saturate")
+
+
 class AccuracyPlan(Frozen):
     """What an artifact must keep of the captured model, on the validation split."""
 
@@ -258,6 +269,7 @@ class RunPlan(Frozen):
     teacher: TeacherPlan | None = None
     student: ModelPlan
     distill: DistillPlan | None = None
+    qat: QatPlan = QatPlan()
     accuracy: AccuracyPlan = AccuracyPlan()
     budget: Budget = Budget()
     verify: VerifyPlan = VerifyPlan()

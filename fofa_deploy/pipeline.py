@@ -19,13 +19,14 @@ from fofa_deploy.capture import capture, write_expected
 from fofa_deploy.config import AccuracyPlan, ModelPlan, RunPlan, TeacherPlan, load_plan
 from fofa_deploy.data import Data, load_data, preprocessing, scan, write_split
 from fofa_deploy.distill import parallel
-from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_notices, read_summary
+from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_notices, read_summary, retraining
 from fofa_deploy.errors import BackendError, FofaError, PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.measure import Candidate
 from fofa_deploy.models import code_identity, find_model
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Progress, Quiet
+from fofa_deploy.recovery import PREFIX, RecoveringTuner, RetrainedTuner
 from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
@@ -123,20 +124,47 @@ class Run:
         plan, teacher = self.plan, self.teacher
 
         def inputs() -> dict[str, object]:
-            taught = teacher and {"weights": teacher[1] / WEIGHTS, "taps": teacher[0].taps, "code": code_identity(teacher[0])}
             return {
                 "student": plan.student,
                 "code": code_identity(plan.student),
                 "distill": plan.distill and plan.distill.decisive(),
                 "data": self.data.digest,
                 "seed": plan.seed,
-                "teacher": taught,
+                "teacher": teacher and _taught(*teacher),
             }
 
         def work(out: Path) -> None:
             self._after_scan.distill(plan.student, plan.distill, out, teacher)
 
         return self._stage("student", inputs, work, resumable=True)
+
+    @cached_property
+    def retrained(self) -> Path:
+        """The folder of the student after quantization-aware training: still in float, with weights that lie on int8 grids.
+
+        Raises:
+            PlanError: there are no labels to train by.
+        """
+        plan = self.plan
+        if not plan.data.labelled:
+            raise PlanError("images without labels train nothing", "give labelled data, or set qat.when = 'never'")
+        taught_by = (plan.distill and plan.distill.terms and self.teacher) or (plan.student, self.student)
+
+        def inputs() -> dict[str, object]:
+            return {
+                "student": plan.student,
+                "weights": _taught(plan.student, self.student),
+                "distill": retraining(plan).decisive(),
+                "scheme": {"weight_bits": plan.qat.weight_bits, "calibration": plan.verify.calibration},
+                "data": self.data.digest,
+                "seed": plan.seed,
+                "teacher": _taught(*taught_by),
+            }
+
+        def work(out: Path) -> None:
+            self._after_scan.retrain(plan, out, self.student, taught_by)
+
+        return self._stage("student-qat", inputs, work, resumable=True)
 
     @cached_property
     def graph(self) -> Path:
@@ -195,7 +223,7 @@ class Run:
             return None
 
     def _reference_artifact(self, plan: ModelPlan, graph: Path, expected: Path) -> tuple[TargetRow, Candidate]:
-        evidence = Evidence(graph / "golden.npz", self.splits, expected, self.plan.data.labelled)
+        evidence = self._evidence(graph, expected)
         profile = find_profile(REFERENCE).model_copy(update={"name": "reference"})
         # Held to PyTorch alone: the plan's accuracy budget is the student's.
         settings = replace(self._settings("fp32"), accuracy=AccuracyPlan(), build=not self._stored)
@@ -209,10 +237,24 @@ class Run:
     def tuner(self, recipe: str | None = None, *, fresh: bool = False, build: bool = True, timed: bool = True) -> Tuner:
         """For all recipes or one. ``fresh`` verifies again, without ``build`` only what has been built is looked at, and
         without ``timed`` there is no reference to race against."""
-        evidence = Evidence(self.graph / "golden.npz", self.splits, self.expected, self.plan.data.labelled)
         settings = replace(self._settings(recipe), fresh=fresh, build=build)
         reference = self.reference[1] if timed and self.reference else None
-        return Tuner(self.store, self.graph, evidence, self.splits / "calibration", settings, self.progress, reference)
+        files = self.graph, self._evidence(self.graph, self.expected), self.splits / "calibration"
+        return RecoveringTuner(self.store, *files, settings, self.progress, reference, self.plan.qat.when, self._retrained)
+
+    def _evidence(self, graph: Path, expected: Path) -> Evidence:
+        return Evidence(graph / "golden.npz", self.splits, expected, self.plan.data.labelled)
+
+    def _retrained(self, settings: Settings) -> Tuner | None:
+        """For the retrained student's graph; None, with a notice, where it cannot be had: the other recipes do not need it."""
+        try:
+            graph = self._capture("graph-qat", self.plan.student, self.retrained)
+            expected = self._expected("expected-qat", self.plan.student, self.retrained)
+        except (StageError, UserError, UnavailableError) as error:
+            self.notices.append(f"no quantization-aware training: {error.message}")
+            return None
+        files = graph, self._evidence(graph, expected), self.splits / "calibration"
+        return RetrainedTuner(self.store, *files, settings, self.progress)
 
     def targets(self) -> tuple[list[TargetRow], TargetRow | None]:
         """One row per target and recipe; and the reference's row, with what it took beside the first target."""
@@ -231,6 +273,8 @@ class Run:
         teacher = self.teacher[1] if self.teacher else None
         folder = shlex.quote(self.store.root.resolve().name)
         trained = {"teacher": read_curve(teacher) if teacher else (), "student": read_curve(self.student)}
+        if any(row.recipe.startswith(PREFIX) for row in rows):
+            trained["student-qat"] = read_curve(self.retrained)
         report = RunReport(
             name=self.plan.name,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -256,6 +300,11 @@ class Run:
         data = self.data
         sizes = {"train": len(data.train), "validation": len(data.validation), "test": len(data.test)}
         return DataSummary(name=self.plan.data.name, classes=len(data.class_names), digest=data.digest, **sizes)
+
+
+def _taught(plan: ModelPlan, folder: Path) -> dict[str, object]:
+    """All that decides what a teacher teaches."""
+    return {"weights": folder / WEIGHTS, "taps": plan.taps, "code": code_identity(plan)}
 
 
 def record_plan(store: Store, plan: RunPlan, force: bool) -> None:

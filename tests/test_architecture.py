@@ -28,7 +28,7 @@ ORDER = """
     diagnosis judge inference report
     distill capture tune gate
     files
-    remote
+    remote recovery
     adopt pipeline
     cli
 """
@@ -38,18 +38,6 @@ RANK = {part: number for number, line in enumerate(LINES) for part in line}
 TORCH = {"models", "inference", "capture", "distill"}
 FRAMEWORKS = {"torch", "timm", "torchvision", "accelerate"}
 LAZY_TIMM = {"data"}  # timm.data opens data sets, inside one function
-QUANTIZATION = (
-    ".__init__",
-    ".observed",
-    ".prepare",
-    ".ranges",
-    ".recipes",
-    ".recover",
-    ".scheme",
-    ".sensitivity",
-    ".statistics",
-    ".writer",
-)
 PARTS = "__init__ observed prepare ranges recipes recover scheme sensitivity statistics writer"
 RUNTIMES = {
     "_device": set(),

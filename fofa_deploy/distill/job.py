@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fofa_deploy.config import DistillPlan, ModelPlan, TeacherPlan, TrainPlan
-from fofa_deploy.data import Data, preprocessing
+from fofa_deploy.config import LOGIT_TERMS, DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
+from fofa_deploy.data import Data, Split, eval_batches, preprocessing
 from fofa_deploy.distill import parallel
+from fofa_deploy.distill.fake import fake_quantized
 from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.errors import TrainingError
-from fofa_deploy.inference import predict
+from fofa_deploy.inference import Normalize, predict
 from fofa_deploy.metrics import topk
 from fofa_deploy.models import build_model, load_weights, parameter_count, save_weights
 from fofa_deploy.progress import Progress
@@ -28,15 +29,24 @@ from fofa_deploy.types import Execution
 
 WEIGHTS, SUMMARY, CURVE, NOTICES = "weights.safetensors", "summary.json", "curve.json", "notices.json"
 
+FOLLOWED = 2 / 3
+"""Share of quantization-aware training in which input ranges still move."""
+
 FORGIVEN = 0.01
 """Accuracy that a prompted teacher may lose without a notice."""
+
+
+CALIBRATION_BATCH = 64
+
+Taught = tuple[ModelPlan, Path]
+"""A teacher's plan, and the folder with its weights."""
 
 
 @dataclass(frozen=True)
 class Workshop:
     """What every training of a run shares.
 
-    Of several processes, rank 0 calls `fit` and `distill`, and the others `follow`. They read the same data, and the run
+    Of several processes, rank 0 calls `fit`, `distill` and `retrain`, and the others `follow`. They read the same data, and the run
     directory too, so it lies where all of them see it.
     """
 
@@ -73,7 +83,7 @@ class Workshop:
             self._train(self._objective(model, plan, alone), alone, out, "fit the teacher")
         self._finish(plan, model, out)
 
-    def distill(self, plan: ModelPlan, distill: DistillPlan | None, out: Path, taught_by: tuple[TeacherPlan, Path] | None) -> None:
+    def distill(self, plan: ModelPlan, distill: DistillPlan | None, out: Path, taught_by: Taught | None) -> None:
         """A student: ready-made, trained alone, or distilled from the teacher whose plan and folder are given."""
         if _is_done(out):
             return
@@ -86,9 +96,25 @@ class Workshop:
             _write(out / NOTICES, (*objective.notices, *forgotten(curve)))
         self._finish(plan, model, out)
 
-    def _objective(
-        self, model: nn.Module, plan: ModelPlan, method: DistillPlan, taught_by: tuple[TeacherPlan, Path] | None = None
-    ) -> Objective:
+    def retrain(self, plan: RunPlan, out: Path, student: Path, taught_by: Taught) -> None:
+        """The student of a folder, trained on while it computes as if in int8; its weights end on their grids."""
+        if _is_done(out):
+            return
+        method = retraining(plan)
+        model = self.load(plan.student, student)
+        parallel.announce(("retrain", (plan, out, student, taught_by)))
+        objective = self._objective(model, plan.student, method, taught_by)
+        batches = method.epochs * len(self.data.train) / method.batch_size * method.accumulate
+        images = self._normalized(self.data.train.head(plan.verify.calibration))
+        with fake_quantized(model, plan.qat.weight_bits, round(FOLLOWED * batches), images):
+            self._train(objective, method, out, f"quantization-aware training ({method.method})")
+        self._finish(plan.student, model, out)
+
+    def _normalized(self, split: Split) -> Iterator[Tensor]:
+        normalize = Normalize(preprocessing(self.data.plan))
+        return (normalize(torch.from_numpy(images)) for images, _ in eval_batches(split, CALIBRATION_BATCH))
+
+    def _objective(self, model: nn.Module, plan: ModelPlan, method: DistillPlan, taught_by: Taught | None = None) -> Objective:
         shape = (self.data.plan.channels, *self.data.plan.image_size)
         student = tap(model, shape, stages=method.fofa.stages, names=plan.taps)
         if taught_by is None:
@@ -124,6 +150,17 @@ class Workshop:
             "top5": topk(test, self.data.test.labels, 5),
             "top1_validation": topk(validation, self.data.validation.labels, 1),
         }
+
+
+def retraining(plan: RunPlan) -> DistillPlan:
+    """The plan's distillation again, short and gentle; without a teacher the float student teaches itself by ``kd``.
+
+    Of its terms those about logits are left: what the others train beside the student would start anew, and needs longer.
+    """
+    usual = plan.distill or DistillPlan(method="none")
+    method = "+".join(term for term in usual.terms if term in LOGIT_TERMS) or "kd"
+    changes = {"epochs": plan.qat.epochs, "lr": plan.qat.lr or usual.lr / 10, "warmup_epochs": 0.1 * plan.qat.epochs}
+    return usual.model_copy(update={**changes, "method": method, "compile": False})
 
 
 def _write(path: Path, records: Sequence[object]) -> None:

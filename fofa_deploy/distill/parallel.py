@@ -211,6 +211,17 @@ def var_mean(tensor: Tensor, dim: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
+def extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest element of everybody's tensor, ()."""
+    low, high = tensor.aminmax()
+    if size() > 1:
+        both = torch.stack([-low, high])
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        low, high = -both[0], both[1]
+    return low, high
+
+
+@torch.no_grad()
 def averaged(tensor: Tensor) -> Tensor:
     """The mean of everybody's tensor, in place."""
     if size() > 1:

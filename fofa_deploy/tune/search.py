@@ -81,7 +81,7 @@ class Search:
             bench.progress.say(f"{self._profile.name}: a short race of {len(built)} kinds of recipe")
             (out / SPEEDS).write_text(json.dumps(dict(zip(built, race(list(built.values())), strict=True)), indent=1))
 
-        found = json.loads((bench.store.run(f"search/{self._profile.name}", inputs, work) / SPEEDS).read_bytes())
+        found = json.loads((bench.store.run(f"search/{bench.name}/{self._profile.name}", inputs, work) / SPEEDS).read_bytes())
         return {kin: speed for kin, speed in found.items() if speed is not None}
 
     def _first_built(self, family: Sequence[Recipe]) -> Artifact | None:

@@ -67,13 +67,14 @@ class Tuner:
 
     def tune(self, profile: HardwareProfile) -> list[TargetRow]:
         """One row per recipe tried, the chosen one marked; one row that says why where nothing could be tried."""
-        return self._finish(profile, self._raced(profile, self._searched(profile, self._short_race(profile))))
+        return self._finish(profile, self._raced(profile, self.search(profile, timed=True)))
 
     def attempt(self, profile: HardwareProfile) -> list[TargetRow]:
         """Build and verify recipes of every family, without timing any."""
-        return self._searched(profile, None)
+        return self.search(profile, timed=False)
 
-    def _searched(self, profile: HardwareProfile, race: Race | None) -> list[TargetRow]:
+    def search(self, profile: HardwareProfile, *, timed: bool) -> list[TargetRow]:
+        """One row per recipe tried; ``timed`` leaves out families that are too slow to be chosen."""
         try:
             offered = self._offer(profile)
         except (StageError, UserError, UnavailableError) as error:
@@ -85,6 +86,7 @@ class Tuner:
             names = ", ".join(r.name for r in offered.recipes) or "none"
             wanted = f"is named {self.settings.recipe!r}" if self.settings.recipe else "fits the profile's precisions"
             return [row_of(profile, None, Status.SKIPPED, f"no recipe {wanted}; offered: {names}")]
+        race = self._short_race(profile) if timed else None
         rows = Search(self._bench, profile, offered.probe, race).rows(recipes)
         return rows or [row_of(profile, None, Status.FAILED, "not built yet; fofa-deploy quantize builds it")]
 

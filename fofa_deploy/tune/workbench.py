@@ -20,13 +20,13 @@ from fofa_deploy.tune.rows import first_line, row_of, with_artifact
 from fofa_deploy.types import Artifact, Calibration, Frozen, Graph, HardwareProfile, Probe, Recipe, Status
 from fofa_deploy.verify import Verification, VerifyRequest
 
-OBSERVED = {"statistics": "observed/statistics", "sensitivity": "observed/sensitivity"}
-"""Stages that recipes share, in the order in which they are made."""
+OBSERVED = ("statistics", "sensitivity")
+"""What recipes share, in the order in which it is found out."""
 
 
 def sensitivity(root: Path) -> dict[str, float]:
     """What quantizing each layer alone does to the logits of a run's student, the worst first; empty where no recipe asked."""
-    path = root / OBSERVED["sensitivity"] / "sensitivity.json"
+    path = root / "observed" / "graph" / "sensitivity" / "sensitivity.json"
     found: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
@@ -100,6 +100,11 @@ class Workbench:
         judged = row.model_copy(update={"status": status, "reason": reason or "inside the accuracy budget"})
         return with_artifact(judged, artifact, found, root)
 
+    @property
+    def name(self) -> str:
+        """Of the graph in its run; a run may have several."""
+        return self.folder.relative_to(self.store.root).as_posix()
+
     # --- building -------------------------------------------------------------------------------------------------
 
     def is_built(self, profile: HardwareProfile, recipe: Recipe) -> bool:
@@ -163,7 +168,7 @@ class Workbench:
             child = f"fofa_exporters._quantization.observed:write_{name}"
             run_isolated(child, request, Observed, seconds=limits.build_seconds, memory_bytes=limits.memory_bytes)
 
-        return self.store.run(OBSERVED[name], inputs, work)
+        return self.store.run(f"observed/{self.name}/{name}", inputs, work)
 
     # --- verifying ------------------------------------------------------------------------------------------------
 

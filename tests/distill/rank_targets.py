@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from test_loop import distilled, small_plan
+from test_loop import distilled, retrained, small_plan
 from torch import nn
 
 from fofa_deploy.data import load_data
@@ -33,6 +33,7 @@ def primitives(weight: list[list[float]]) -> dict[str, object]:
         "first": parallel.from_first("zero" if rank == 0 else "one"),
         "share": parallel.share(np.arange(5)).tolist(),
         "var_mean": [part.tolist() for part in parallel.var_mean(maps, (0, 2, 3))],
+        "extremes": [float(value) for value in parallel.extremes(maps)],
         "weight": module.weight.tolist(),
         "loss": loss.item(),
         "gradient": gradient.tolist(),
@@ -71,3 +72,14 @@ def train(folder: Path, teacher: Path, overrides: tuple[str, ...], fate: str = "
             return distilled(plan, folder, (plan.teacher, teacher))
     Workshop(load_data(plan.data, plan.seed), plan.seed, 1, Quiet()).follow()
     return ""
+
+
+def retrain(folder: Path, student: Path, teacher: Path, overrides: tuple[str, ...]) -> None:
+    """Quantization-aware training on all ranks."""
+    torch.set_num_threads(1)
+    plan = small_plan(*overrides)
+    if parallel.rank() == 0:
+        with parallel.leading():
+            retrained(plan, folder, student, (plan.teacher, teacher))
+    else:
+        Workshop(load_data(plan.data, plan.seed), plan.seed, 1, Quiet()).follow()

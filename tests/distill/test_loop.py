@@ -135,6 +135,29 @@ def test_sigkill_in_mid_epoch_and_resume_is_bit_identical(tmp_path, teacher, uni
     assert distilled(small_plan(), tmp_path / "student", teacher) == digest_file(uninterrupted / WEIGHTS)
 
 
+def retrained(plan, folder: Path, student: Path, teacher) -> str:
+    folder.mkdir(exist_ok=True)
+    workshop(plan).retrain(plan, folder, student, teacher)
+    return digest_file(folder / WEIGHTS)
+
+
+def test_quantization_aware_training_resumes_bit_identically(tmp_path, teacher, uninterrupted, monkeypatch):
+    plan = small_plan("qat.epochs=2")
+    whole = retrained(plan, tmp_path / "whole", uninterrupted, teacher)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 4)
+        with pytest.raises(InterruptedRunError, match="step 4"):
+            retrained(plan, tmp_path / "cut", uninterrupted, teacher)
+    state, _ = checkpoint.load_newest(tmp_path / "cut" / "checkpoints")
+    ranges = {name: value for name, value in state["objective"].items() if name.endswith("input_range.seen")}
+    assert ranges
+    assert all(int(seen) == 4 for seen in ranges.values())
+    assert retrained(plan, tmp_path / "cut", uninterrupted, teacher) == whole
+    curve = read_curve(tmp_path / "whole")
+    assert set(curve[0].losses) == {"ce", "kd"}
+    assert read_summary(tmp_path / "whole").top1_validation == max(epoch.top1 for epoch in curve)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, teacher, monkeypatch):
     from fofa_deploy.distill.objective import Objective
 

@@ -33,7 +33,7 @@ class Bench:
 
     def __init__(self, store: Store, good: set[str], broken: set[str] = frozenset(), sizes: dict[str, int] | None = None) -> None:
         self.store, self.good, self.broken, self.sizes = store, good, broken, sizes or {}
-        self.progress, self.calibration = Quiet(), Path()
+        self.progress, self.calibration, self.name = Quiet(), Path(), "graph"
         self.settings = Settings(AccuracyPlan(), MeasurePlan(), LimitsPlan(), Budget(size_bytes=100), 0)
         self.built: list[str] = []
 
