@@ -40,6 +40,7 @@ FRAMEWORKS = {"torch", "timm", "torchvision", "accelerate"}
 LAZY_TIMM = {"data"}  # timm.data opens data sets, inside one function
 PARTS = "__init__ observed prepare ranges recipes recover scheme sensitivity statistics writer"
 RUNTIMES = {
+    "_cuda": {"cuda"},
     "_device": set(),
     "_engine": {"onnx"},
     "_onnx": {"onnx", "onnxruntime"},

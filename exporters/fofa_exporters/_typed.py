@@ -12,15 +12,20 @@ from fofa_deploy.types import Precision
 
 _CODES = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 _LARGEST: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
-_FLOAT32_INPUTS = {"Resize": (1, 2), "QuantizeLinear": (0, 1), "DequantizeLinear": (1,)}
-"""Inputs that the ONNX standard, or a compiler, wants in float32 whatever the rest is in."""
+_FLOAT32_INPUTS = {"Resize": (1, 2)}
+"""Inputs that the ONNX standard wants in float32 whatever the rest is in."""
+
+_SMALLEST_SCALE = 2.0**-20
+"""Of a Q/DQ pair in fp16: below it four bits or more of the scale are lost."""
 
 
 def typed(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
     """The graph with weights and activations in ``precision``; values beyond its range are clipped to its largest.
 
+    Q/DQ pairs stay where they are: then ``precision`` is that of the rest.
+
     Raises:
-        BuildError: the graph branches, or has nodes whose type cannot be told.
+        BuildError: the graph branches, or quantizes by steps too small for ``precision``.
     """
     code = _CODES[precision]
     found = onnx.ModelProto()
@@ -29,6 +34,8 @@ def typed(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
     del graph.value_info[:]
     if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
         raise BuildError(f"a graph with branches is not written in {precision}", "try another recipe")
+    if precision is Precision.FP16:
+        _check_scales(graph)
     kept = _keep_float32(graph)
     for tensor in graph.initializer:
         if tensor.name not in kept:
@@ -37,6 +44,13 @@ def typed(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
         _retype(node, code)
     _cast_ends(graph, code)
     return found
+
+
+def _check_scales(graph: onnx.GraphProto) -> None:
+    scales = {node.input[1] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    for tensor in graph.initializer:
+        if tensor.name in scales and numpy_helper.to_array(tensor).min() < _SMALLEST_SCALE:
+            raise BuildError(f"{tensor.name} quantizes by steps that fp16 cannot hold", "take a recipe whose rest is fp32")
 
 
 def _keep_float32(graph: onnx.GraphProto) -> set[str]:

@@ -6,18 +6,14 @@ engines on a machine without a GPU; there, the types of the parsed network are t
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Any, ClassVar, Self
+from types import ModuleType
+from typing import Any, ClassVar
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from fofa_deploy.errors import BackendError, BuildError, IntegrityError
 from fofa_deploy.types import (
@@ -34,10 +30,10 @@ from fofa_deploy.types import (
     Probe,
     Recipe,
     Scalar,
-    TensorSpec,
 )
-from fofa_exporters import _device, _onnx, _typed
-from fofa_exporters._engine import input_spec, inspector_layers, layer_time, network_layers, typed_layers
+from fofa_exporters import _onnx, _typed
+from fofa_exporters._cuda import TensorRtSession, logger, no_gpu, words
+from fofa_exporters._engine import inspector_layers, layer_time, network_layers, typed_layers
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import grown
 
@@ -66,7 +62,7 @@ class _Family:
         except (ImportError, OSError) as error:
             hint = f"pip install 'fofa-deploy[{self.name}]'"
             return Probe(can_build=False, can_run=False, reason=f"{self.package} does not import ({error}): {hint}")
-        reason = _no_gpu() if profile.device.kind == "gpu" else f"TensorRT has no {profile.device.kind}"
+        reason = no_gpu() if profile.device.kind == "gpu" else f"TensorRT has no {profile.device.kind}"
         can_build = profile.device.kind == "gpu" and (self.builds_without_gpu or not reason)
         return Probe(can_build=can_build, can_run=not reason, reason=reason, versions=self.versions(trt))
 
@@ -75,7 +71,11 @@ class _Family:
         batch: dict[str, Scalar] = {"max_batch": max(profile.execution.batch_sizes)}
         if self._builds_there(profile):
             batch["on_device"] = True
-        offered = [recipe for recipe in (FP16, BF16, *grown([INT8]), FP32) if recipe.precision in profile.precisions]
+        rest = Precision.FP16 if Precision.FP16 in profile.precisions else Precision.FP32
+        int8 = INT8.model_copy(
+            update={"options": {**INT8.options, "rest": rest}, "description": f"{INT8.description}, rest {rest}"}
+        )
+        offered = [recipe for recipe in (FP16, BF16, *grown([int8]), FP32) if recipe.precision in profile.precisions]
         return [recipe.model_copy(update={"options": {**recipe.options, **batch}}) for recipe in offered]
 
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
@@ -110,7 +110,7 @@ class _Family:
         return self._session(_engine_bytes(found), profile)
 
     def _session(self, engine: bytes, profile: HardwareProfile) -> TensorRtSession:
-        if reason := _no_gpu():
+        if reason := no_gpu():
             raise BackendError(f"{self.name} cannot run here: {reason}", "run on a machine with an NVIDIA GPU")
         return TensorRtSession(self.runtime(), engine, profile.device.name)
 
@@ -162,7 +162,7 @@ FP32 = Recipe(name="fp32", precision=Precision.FP32, description="full precision
 INT8 = Recipe(
     name="int8-qdq-symmetric",
     precision=Precision.INT8,
-    description="convolutions and constant matrix products in signed symmetric int8 per channel, rest fp32",
+    description="convolutions and constant matrix products in signed symmetric int8 per channel",
     needs_calibration=True,
     # The parser takes no int32 bias behind a DequantizeLinear, and no zero points other than 0.
     options={"signed_activations": True, "weighted_only": True, "float_outputs": True, "quantize_bias": False},
@@ -181,7 +181,9 @@ def _narrow(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | N
 
 
 def _integer(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
-    return quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe))
+    pairs = quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe))
+    rest = Precision(str(recipe.options.get("rest", Precision.FP32)))
+    return pairs if rest is Precision.FP32 else _typed.typed(pairs, rest)
 
 
 Writer = Callable[[onnx.ModelProto, Recipe, Calibration | None], onnx.ModelProto]
@@ -205,45 +207,25 @@ def _written(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | 
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _logger(trt: ModuleType) -> Any:  # noqa: ANN401 - TensorRT is untyped
-    """The one logger of a process (TensorRT ignores every later one). Keeps errors for the exception that will need them."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:  # noqa: ANN401
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Logger()
-
-
 def _build_engine(trt: ModuleType, model: onnx.ModelProto, max_batch: int) -> tuple[bytes, tuple[Layer, ...]]:
     """Serialized engine and layer table of a typed ONNX graph.
 
     Raises:
         BuildError: the parser or the compiler refused, in TensorRT's own words.
     """
-    logger = _logger(trt)
-    logger.errors.clear()
-    builder = trt.Builder(logger)
+    log = logger(trt)
+    log.errors.clear()
+    builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt))
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString()):
         faults = [str(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise BuildError(f"TensorRT's parser refused the graph: {_words(faults)}", "try another recipe")
+        raise BuildError(f"TensorRT's parser refused the graph: {words(faults)}", "try another recipe")
     engine = builder.build_serialized_network(network, _config(trt, builder, network, max_batch))
     if engine is None:
-        raise BuildError(f"TensorRT's compiler refused the graph: {_words(logger.errors)}", "try another recipe")
+        raise BuildError(f"TensorRT's compiler refused the graph: {words(log.errors)}", "try another recipe")
     data = bytes(engine)
     return data, _layers(trt, network, data)
-
-
-def _words(messages: Sequence[str]) -> str:
-    return "; ".join(messages[:3]) or "no reason given"
 
 
 def _network_flags(trt: ModuleType) -> int:
@@ -273,7 +255,7 @@ def _config(trt: ModuleType, builder: Any, network: Any, max_batch: int) -> Any:
 def _layers(trt: ModuleType, network: Any, engine: bytes) -> tuple[Layer, ...]:  # noqa: ANN401
     """The engine's own table where a GPU lets it be read and it shows the weights, else the strongly typed network's."""
     declared = network_layers(network)
-    if _no_gpu():
+    if no_gpu():
         return declared
     inspected = inspector_layers(_inspect(trt, engine))
     covered = sum(layer.weighted for layer in inspected) * 2 >= sum(layer.weighted for layer in declared)
@@ -281,34 +263,12 @@ def _layers(trt: ModuleType, network: Any, engine: bytes) -> tuple[Layer, ...]: 
 
 
 def _inspect(trt: ModuleType, engine: bytes) -> str:
-    deserialized = trt.Runtime(_logger(trt)).deserialize_cuda_engine(engine)
+    deserialized = trt.Runtime(logger(trt)).deserialize_cuda_engine(engine)
     inspector = deserialized.create_engine_inspector()
     return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 # --- running ------------------------------------------------------------------------------------------------------
-
-
-def _no_gpu() -> str:
-    """Why no CUDA device can be used here, or nothing."""
-    try:
-        from cuda.bindings import runtime as cuda
-    except ImportError as error:
-        return f"no CUDA device can be reached without cuda-bindings ({error})"
-    status, count = cuda.cudaGetDeviceCount()
-    return "" if status == cuda.cudaError_t.cudaSuccess and count else "no CUDA device"
-
-
-def _cuda(result: tuple[Any, ...]) -> Any:  # noqa: ANN401
-    """Value of a CUDA runtime call.
-
-    Raises:
-        BackendError: the call failed.
-    """
-    status, *values = result
-    if int(status) != 0:
-        raise BackendError(f"CUDA failed with {status.name}", "check `nvidia-smi`, and that no other process fills the GPU")
-    return values[0] if values else None
 
 
 def _engine_bytes(artifact: Artifact | ModelFile) -> bytes:
@@ -317,84 +277,3 @@ def _engine_bytes(artifact: Artifact | ModelFile) -> bytes:
     if hashlib.sha256(data).hexdigest() != artifact.files[0].sha256:
         raise IntegrityError(f"{artifact.path} is altered since it was built", "build the artifact again")
     return data
-
-
-class TensorRtSession:
-    """One execution context on one stream, with device buffers for the engine's largest batch."""
-
-    def __init__(self, trt: ModuleType, engine: bytes, device: str) -> None:
-        from cuda.bindings import runtime as cuda
-
-        self._api: Any = cuda
-        self._trt: Any = trt
-        _cuda(cuda.cudaSetDevice(_device.ordinal(device)))
-        self._runtime = trt.Runtime(_logger(trt))
-        self._engine = self._runtime.deserialize_cuda_engine(engine)
-        if self._engine is None:
-            raise BackendError(f"TensorRT refused the engine: {_words(_logger(trt).errors)}", "build it with this version")
-        self._context = self._engine.create_execution_context()
-        self._stream = _cuda(cuda.cudaStreamCreate())
-        names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
-        self._inputs = [name for name in names if self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        self._outputs = [name for name in names if name not in self._inputs]
-        self._dtypes = {name: np.dtype(trt.nptype(self._engine.get_tensor_dtype(name))) for name in names}
-        self._max_batch = int(self._engine.get_tensor_profile_shape(self._inputs[0], 0)[2][0])
-        self._buffers = {name: self._allocate(name) for name in names}
-        self.device = f"cuda:{_device.ordinal(device)}"
-
-    def run(self, feeds: Feeds) -> Feeds:
-        """Batches beyond the engine's largest are run in slices."""
-        total = len(feeds[self._inputs[0]])
-        slices = [slice(start, start + self._max_batch) for start in range(0, total, self._max_batch)]
-        parts = [self._run({name: feeds[name][part] for name in self._inputs}) for part in slices]
-        return {name: np.concatenate([part[name] for part in parts]) for name in self._outputs}
-
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return tuple(input_spec(name, self._engine.get_tensor_shape(name), self._dtypes[name]) for name in self._inputs)
-
-    def layer_ms(self, feeds: Feeds, runs: int) -> dict[str, float]:
-        """Mean milliseconds per layer of warm runs, as TensorRT's own profiler tells it."""
-        total: dict[str, float] = {}
-
-        class Profiler(self._trt.IProfiler):  # type: ignore[misc, name-defined]
-            def report_layer_time(self, name: str, ms: float) -> None:
-                total[name] = total.get(name, 0.0) + ms
-
-        self.run(feeds)
-        self._context.profiler = Profiler()
-        for _ in range(runs):
-            self.run(feeds)
-        return {name: ms / runs for name, ms in total.items()}
-
-    def _run(self, feeds: dict[str, NDArray[np.generic]]) -> dict[str, NDArray[np.generic]]:
-        arrays = {name: np.ascontiguousarray(array, self._dtypes[name]) for name, array in feeds.items()}
-        for name, array in arrays.items():
-            self._context.set_input_shape(name, array.shape)
-            self._copy(self._buffers[name], array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
-        results = {name: np.empty(tuple(self._context.get_tensor_shape(name)), self._dtypes[name]) for name in self._outputs}
-        if not self._context.execute_async_v3(int(self._stream)):
-            raise BuildError("TensorRT failed while running", "check the input's shape against the engine's profile")
-        for name, result in results.items():
-            self._copy(result.ctypes.data, self._buffers[name], result.nbytes, "cudaMemcpyDeviceToHost")
-        _cuda(self._api.cudaStreamSynchronize(self._stream))
-        return results
-
-    def _allocate(self, name: str) -> int:
-        """Device memory of a tensor at the largest batch, bound to the context."""
-        shape = (self._max_batch, *tuple(self._engine.get_tensor_shape(name))[1:])
-        address = int(_cuda(self._api.cudaMalloc(math.prod(shape) * self._dtypes[name].itemsize)))
-        self._context.set_tensor_address(name, address)
-        return address
-
-    def _copy(self, target: int, source: int, size: int, direction: str) -> None:
-        kind = getattr(self._api.cudaMemcpyKind, direction)
-        _cuda(self._api.cudaMemcpyAsync(target, source, size, kind, self._stream))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for address in self._buffers.values():
-            _cuda(self._api.cudaFree(address))
-        _cuda(self._api.cudaStreamDestroy(self._stream))
-        self._buffers, self._context, self._engine = {}, None, None

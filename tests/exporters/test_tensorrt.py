@@ -42,14 +42,19 @@ def test_int8_has_quantize_and_dequantize_layers(kind: str, build: Callable[[str
     weighted = [layer for layer in build(NAME, kind, INT8).artifact.layers if layer.weighted]
     assert {layer.precision for layer in weighted} == {Precision.INT8}
     assert types["QUANTIZE", Precision.INT8] >= len(weighted) / 2
-    assert types["DEQUANTIZE", Precision.FP32] >= len(weighted)
+    assert types["DEQUANTIZE", Precision.FP16] >= len(weighted), "what is not int8 is fp16"
+
+
+def test_bf16_is_bf16(build: Callable[[str, str, str], Built]):
+    weighted = [layer for layer in build(NAME, "vit", "bf16").artifact.layers if layer.weighted]
+    assert {layer.precision for layer in weighted} == {Precision.BF16}
 
 
 def test_attention_stays_float(build: Callable[[str, str, str], Built]):
     layers = build(NAME, "vit", INT8).artifact.layers
     products = [layer for layer in layers if layer.operator == "MATRIX_MULTIPLY" and not layer.weighted]
     assert len(products) == 4
-    assert {layer.precision for layer in products} == {Precision.FP32}
+    assert {layer.precision for layer in products} == {Precision.FP16}
 
 
 def test_nothing_is_prepended_to_the_engine(build: Callable[[str, str, str], Built]):
