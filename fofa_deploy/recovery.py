@@ -42,6 +42,7 @@ class RetrainedTuner(Tuner):
 def _renamed(recipe: Recipe) -> Recipe:
     description = f"{recipe.description}; after quantization-aware training"
     names = {"name": f"{PREFIX}{recipe.name}", "family": f"{PREFIX}{recipe.kin}"}
+    names |= {"after": f"{PREFIX}{recipe.after}"} if recipe.after else {}
     return recipe.model_copy(update={**names, "description": description})
 
 

@@ -206,6 +206,7 @@ class Recipe(Frozen):
         description="recipes of one family run the same kernels, and so have one latency: they differ in the numbers alone; "
         "a family of its own when empty",
     )
+    after: str = Field(default="", description="a faster family; worth a try only where all of that missed the accuracy budget")
     options: dict[str, Scalar] = {}
 
     @property

@@ -2,7 +2,8 @@
 
 Recipes of one family run the same kernels, so one of them tells the latency of all. One recipe of every family is built and
 timed in a short race; then the families are tried fastest first, each from its cheapest recipe to its most thorough one,
-until one is inside the budget. What is clearly slower than that is not tried: no result of it could be chosen.
+until one is inside the budget. What is clearly slower than that is not tried: no result of it could be chosen. Families that
+are slower than another by construction wait until that one has lost too much accuracy.
 """
 
 from __future__ import annotations
@@ -47,13 +48,17 @@ class Search:
         families: dict[str, list[Recipe]] = {}
         for recipe in recipes:
             families.setdefault(recipe.kin, []).append(recipe)
-        if self._race is None or len(families) < MANY:
+        if not self._bench.settings.build or len(recipes) == 1:
             return [row for family in families.values() for row in self._tried(family)]
-        return list(self._raced(self._race, families))
+        first = {kin: family for kin, family in families.items() if family[0].after not in families}
+        speeds = self._speeds(self._race, first) if self._race and len(first) >= MANY else {}
+        rows = list(self._walked(first, speeds))
+        for kin in first:
+            rows += self._followers(kin, families, rows)
+        return rows
 
-    def _raced(self, race: Race, families: dict[str, list[Recipe]]) -> Iterator[TargetRow]:
-        built = {kin: artifact for kin, family in families.items() if (artifact := self._first_built(family))}
-        speeds = self._speeds(race, built)
+    def _walked(self, families: dict[str, list[Recipe]], speeds: dict[str, float]) -> Iterator[TargetRow]:
+        """Fastest first, as far as speeds are known; what is clearly slower than what has passed is left out."""
         best: tuple[float, str] | None = None
         for kin in sorted(families, key=lambda name: speeds.get(name, float("inf"))):
             family, speed = families[kin], speeds.get(kin)
@@ -66,10 +71,24 @@ class Search:
                 best = speed, passed
             yield from rows
 
-    def _speeds(self, race: Race, built: dict[str, Artifact]) -> dict[str, float]:
+    def _followers(self, kin: str, families: dict[str, list[Recipe]], rows: Sequence[TargetRow]) -> list[TargetRow]:
+        """The families that come after one whose every recipe lost too much accuracy, up to the first that does not."""
+        names = {recipe.name for recipe in families[kin]}
+        if {row.status for row in rows if row.recipe in names} != {Status.REJECTED}:
+            return []
+        found: list[TargetRow] = []
+        for family in families.values():
+            if family[0].after == kin:
+                found += self._tried(family)
+                if found[-1].status is Status.VERIFIED:
+                    break
+        return found
+
+    def _speeds(self, race: Race, families: dict[str, list[Recipe]]) -> dict[str, float]:
         """Median milliseconds by family, where it ran. Kept, as an aid for choosing and for nothing else: a run that is
         resumed takes the way that it has begun."""
         bench = self._bench
+        built = {kin: artifact for kin, family in families.items() if (artifact := self._first_built(family))}
         inputs = {
             "artifacts": {kin: artifact.sha256 for kin, artifact in built.items()},
             "profile": self._profile,
@@ -96,8 +115,8 @@ class Search:
     def _tried(self, family: Sequence[Recipe]) -> list[TargetRow]:
         """Rows up to the first one that is inside the accuracy and size budgets."""
         if not self._bench.settings.build:
-            made = [recipe for recipe in family if self._bench.is_built(self._profile, recipe)]
-            return [self._bench.attempt(self._profile, recipe, self._probe) for recipe in made]
+            family = [recipe for recipe in family if self._bench.is_built(self._profile, recipe)]
+            return [self._bench.attempt(self._profile, recipe, self._probe) for recipe in family]
         rows: list[TargetRow] = []
         for recipe in family:
             rows.append(self._bench.attempt(self._profile, recipe, self._probe))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -9,7 +11,8 @@ import pytest
 
 from fofa_exporters import _onnx
 from fofa_exporters._quantization import Scheme, prepare
-from fofa_exporters._quantization.sensitivity import Simulator, fake_quantized, most_sensitive, sensitivity
+from fofa_exporters._quantization.scheme import Method
+from fofa_exporters._quantization.sensitivity import Simulator, best_ranges, fake_quantized, most_sensitive, sensitivity
 from fofa_exporters._quantization.statistics import Statistics, observe
 
 from .conftest import Captured
@@ -73,6 +76,18 @@ def test_a_badly_scaled_layer_is_more_sensitive(captured_vit: tuple[Captured, on
     errors = sensitivity(spoilt, observe(spoilt, captured.calibration), captured.calibration, Scheme())
     before = sensitivity(prepared, statistics, captured.calibration, Scheme())
     assert errors[victim.name] > 3 * before[victim.name]
+
+
+def test_the_best_ranges_are_those_that_change_the_logits_least(captured_vit: tuple[Captured, onnx.ModelProto, Statistics]):
+    captured, prepared, statistics = captured_vit
+    best = best_ranges(prepared, statistics, captured.calibration, Scheme())
+    feeds = next(captured.calibration.batches(8))
+    errors = {}
+    for method in get_args(Method):
+        simulator = Simulator(prepared, statistics, Scheme(ranges=method))
+        whole = simulator.logits(feeds, range(len(simulator.layers)))
+        errors[method] = np.square(whole - simulator.logits(feeds, ())).sum()
+    assert errors[best] == min(errors.values())
 
 
 def test_the_fewest_layers_that_carry_the_share():

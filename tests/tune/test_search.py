@@ -126,3 +126,34 @@ def test_two_families_are_tried_without_a_race(store):
 def test_without_a_race_every_family_is_tried(store):
     rows = found(Bench(store, {"a", "b", "c", "fp32"}), None)
     assert rows == dict.fromkeys(("a", "b", "c", "fp32"), Status.VERIFIED)
+
+
+MIXED = [
+    recipe("a", "a"),
+    recipe("a-mixed50", "a-mixed50", after="a"),
+    recipe("a-mixed80", "a-mixed80", after="a"),
+    recipe("b", "b"),
+    recipe("b-mixed50", "b-mixed50", after="b"),
+    FP32,
+]
+
+
+def test_mixed_precision_waits_until_all_in_eight_bits_has_lost_too_much(store):
+    bench = Bench(store, {"b", "fp32"})
+    rows = found(bench, race_of(a=1.0, b=1.1, fp32=5.0), MIXED)
+    assert rows["b"] is Status.VERIFIED
+    assert (rows["a"], rows["a-mixed50"], rows["a-mixed80"]) == (Status.REJECTED,) * 3
+    assert "b-mixed50" not in rows
+    assert not {"a-mixed50", "b-mixed50"} & set(bench.built), "the short race does without them"
+
+
+def test_mixed_precision_ends_with_the_first_share_that_suffices(store):
+    rows = found(Bench(store, {"a-mixed50", "fp32"}), race_of(a=1.0, b=9.0, fp32=5.0), MIXED)
+    assert rows["a-mixed50"] is Status.VERIFIED
+    assert "a-mixed80" not in rows
+    assert rows["b"] is Status.SKIPPED, "float is faster"
+    assert "b-mixed50" not in rows
+
+
+def test_a_recipe_asked_for_by_name_is_tried_whatever_it_comes_after(store):
+    assert found(Bench(store, {"a-mixed80"}), race_of(), [MIXED[2]]) == {"a-mixed80": Status.VERIFIED}

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from fofa_deploy.types import Recipe, Scalar
+from fofa_exporters._quantization.scheme import BEST
 
 VARIANTS: Mapping[str, tuple[str, dict[str, Scalar]]] = {
     "": ("", {}),
     "-mse": ("MSE ranges", {"ranges": "mse"}),
-    "-recovered": ("MSE ranges, learned rounding", {"ranges": "mse", "learned_rounding": True}),
-    "-percentile": ("percentile ranges", {"ranges": "percentile"}),
-    "-entropy": ("entropy ranges", {"ranges": "entropy"}),
-    "-average": ("ranges averaged over batches", {"ranges": "moving-average"}),
+    "-recovered": ("the best of all ranges, learned rounding", {"ranges": BEST, "learned_rounding": True}),
 }
-"""The same kernels with other numbers, cheapest first. Of the last three each is the best for some model."""
+"""The same kernels with other numbers, cheapest first."""
 
 SMOOTHING = 0.5
 """Of transformers: half of the spread of activations over channels goes into the weights."""
@@ -34,19 +32,23 @@ def grown(bases: Iterable[Recipe], shares: Iterable[float] = SHARES, smoothing: 
 
 
 def _mixed(base: Recipe, share: float) -> Recipe:
+    """A share of the error in float is slower than the base, and so worth a try only where that lost too much."""
     if not share:
         return base.model_copy(update={"observes": "statistics", "family": base.name})
     name = f"{base.name}-mixed{share:.0%}".removesuffix("%")
-    words = f"{base.description}; the layers that carry {share:.0%} of the error in float"
-    options = {**base.options, "float_share": share}
-    return base.model_copy(
-        update={"name": name, "description": words, "options": options, "observes": "sensitivity", "family": name}
-    )
+    facts = {
+        "name": name,
+        "description": f"{base.description}; the layers that carry {share:.0%} of the error in float",
+        "options": {**base.options, "float_share": share},
+        "observes": "sensitivity",
+        "family": name,
+        "after": base.name,
+    }
+    return base.model_copy(update=facts)
 
 
 def _variants(base: Recipe, smoothing: float) -> Iterable[Recipe]:
-    chosen = list(VARIANTS.items())
-    for suffix, (words, options) in chosen if not base.options.get("float_share") else chosen[:3]:
+    for suffix, (words, options) in VARIANTS.items():
         more = {"smoothing": smoothing} if smoothing and suffix == "-recovered" else {}
         description = f"{base.description}; {words}" if words else base.description
         update = {"name": base.name + suffix, "description": description, "options": {**base.options, **options, **more}}

@@ -9,6 +9,8 @@ from fofa_deploy.errors import BuildError
 from fofa_deploy.types import Recipe
 
 Method = Literal["min-max", "moving-average", "percentile", "entropy", "mse"]
+BEST = "best"
+"""Ranges by the method that changes the logits least, all layers quantized, as the simulator sees it."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Scheme:
     float_outputs: bool = False
     """Leave the outputs of products in float, so that a runtime can fuse dequantizing into them."""
     quantize_bias: bool = True
-    ranges: Method = "min-max"
+    ranges: Method | Literal["best"] = "min-max"
     float_share: float = 0.0
     """The most sensitive layers stay in float: those that together carry this share of the squared error of the logits."""
     smoothing: float = 0.0
@@ -41,6 +43,7 @@ class Scheme:
         """
         names = {field.name for field in fields(cls)}
         scheme = cls(**{name: value for name, value in recipe.options.items() if name in names})  # type: ignore[arg-type]
-        if scheme.ranges not in get_args(Method):
-            raise BuildError(f"no ranges are called {scheme.ranges!r}", f"use one of {', '.join(get_args(Method))}")
+        known = (*get_args(Method), BEST)
+        if scheme.ranges not in known:
+            raise BuildError(f"no ranges are called {scheme.ranges!r}", f"use one of {', '.join(known)}")
         return scheme

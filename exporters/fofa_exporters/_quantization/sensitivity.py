@@ -7,9 +7,9 @@ passes as there are layers, at the speed of the float graph, and no graph is bui
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 from fofa_deploy.types import Calibration
 from fofa_exporters import _onnx
 from fofa_exporters._quantization.ranges import ranges
-from fofa_exporters._quantization.scheme import Scheme
+from fofa_exporters._quantization.scheme import Method, Scheme
 from fofa_exporters._quantization.statistics import Floats, Statistics
 
 MASK = "fofa_quantized"
@@ -40,6 +40,18 @@ def sensitivity(prepared: onnx.ModelProto, statistics: Statistics, calibration: 
         error = sum(float(np.square(a - b).sum()) for a, b in zip(found, plain, strict=True))
         errors[name] = error / max(power, 1e-30)
     return errors
+
+
+def best_ranges(prepared: onnx.ModelProto, statistics: Statistics, calibration: Calibration, scheme: Scheme) -> Method:
+    """The method whose ranges change the logits least when every layer is quantized."""
+    batches = list(islice(calibration.batches(4), IMAGES // 4))
+    errors: dict[Method, float] = {}
+    for method in get_args(Method):
+        simulator = Simulator(prepared, statistics, replace(scheme, ranges=method))
+        every = range(len(simulator.layers))
+        pairs = [(simulator.logits(feeds, every), simulator.logits(feeds, ())) for feeds in batches]
+        errors[method] = sum(float(np.square(found - plain).sum()) for found, plain in pairs)
+    return min(errors, key=lambda method: errors[method])
 
 
 def most_sensitive(errors: dict[str, float], share: float) -> list[str]:
@@ -85,6 +97,7 @@ class _Activation:
 def _install(model: onnx.ModelProto, layers: Sequence[str], statistics: Statistics, scheme: Scheme) -> None:
     """Every layer becomes an ``If`` over its bit of the mask."""
     graph = model.graph
+    assert scheme.ranges != "best"
     low, high = ranges(statistics, scheme.ranges, scheme.signed_activations)
     activations = {n: _activation(float(a), float(b), scheme) for n, a, b in zip(statistics.names, low, high, strict=True)}
     weights = {tensor.name: tensor for tensor in graph.initializer}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,8 +14,8 @@ from fofa_exporters import _onnx
 from fofa_exporters._quantization import recover
 from fofa_exporters._quantization.observed import Observed
 from fofa_exporters._quantization.ranges import ranges
-from fofa_exporters._quantization.scheme import Scheme
-from fofa_exporters._quantization.sensitivity import most_sensitive
+from fofa_exporters._quantization.scheme import BEST, Scheme
+from fofa_exporters._quantization.sensitivity import best_ranges, most_sensitive
 from fofa_exporters._quantization.statistics import Statistics
 
 _OPERATORS = (
@@ -34,6 +35,8 @@ def quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme) 
     prepared, statistics = seen.prepared, seen.statistics
     if scheme.smoothing:
         prepared, statistics = recover.smoothed(prepared, statistics, scheme.smoothing)
+    if scheme.ranges == BEST:
+        scheme = replace(scheme, ranges=best_ranges(prepared, statistics, calibration, scheme))
     written = _write(prepared, statistics, scheme, most_sensitive(seen.errors, scheme.float_share))
     if scheme.learned_rounding or scheme.bias_correction:
         recover.refine(written, prepared, statistics, calibration, scheme)
@@ -43,6 +46,7 @@ def quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme) 
 def _write(prepared: onnx.ModelProto, statistics: Statistics, scheme: Scheme, in_float: list[str]) -> onnx.ModelProto:
     from onnxruntime.quantization import CalibrationMethod, QDQQuantizer, QuantType, TensorData, TensorsData
 
+    assert scheme.ranges != "best"
     low, high = ranges(statistics, scheme.ranges, scheme.signed_activations)
     found = {
         n: TensorData(lowest=np.asarray(a), highest=np.asarray(b)) for n, a, b in zip(statistics.names, low, high, strict=True)
