@@ -41,6 +41,7 @@ RUNTIMES = {
     "_device": set(),
     "_engine": {"onnx"},
     "_onnx": {"onnx", "onnxruntime"},
+    "_rewrite": {"onnx"},
     "onnxruntime": {"onnx", "onnxruntime"},
     "openvino": {"openvino", "nncf"},
     "reference": {"onnx"},

@@ -36,6 +36,7 @@ from fofa_deploy.types import (
 )
 from fofa_exporters import _device, _onnx
 from fofa_exporters._engine import inspector_layers, network_layers, typed_layers
+from fofa_exporters._rewrite import expand_col2im
 
 ENGINE = "model.engine"
 
@@ -73,7 +74,7 @@ class _Family:
         return [recipe.model_copy(update={"options": {**recipe.options, **batch}}) for recipe in offered]
 
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
-        typed = _typed(_onnx.read(graph), recipe, calibration)
+        typed = _typed(expand_col2im(_onnx.read(graph)), recipe, calibration)
         if recipe.options.get("on_device"):
             main, versions = out / "model.onnx", {"onnx": onnx.__version__}
             onnx.save(typed, main)
