@@ -62,7 +62,7 @@ Each recipe is built and run in a child process with limits on time and memory; 
 
 @click.command()
 @click.option("--only", multiple=True, metavar="FAMILY", help="Try this family again, whatever is recorded.")
-@click.option("--precision", "precisions", multiple=True, type=click.Choice(PRECISIONS), help="All when absent.")
+@click.option("--precision", "precisions", multiple=True, type=click.Choice([str(name) for name in PRECISIONS]), help="All when absent.")
 @click.option("--quick", is_flag=True, help=f"Only {', '.join(QUICK)}; nothing is recorded.")
 @click.option("--seconds", default=240.0, help="Time limit of one family; what is left of it is tried by the next run.")
 @click.option("--memory-gib", default=8.0, help="Memory limit of the child process.")

@@ -12,7 +12,7 @@ import onnx
 import torch
 from lively import enliven
 from pydantic import BaseModel, ConfigDict
-from trial import CLASSES, Candidate, Zoo
+from trial import CLASSES, Candidate, Rules, Zoo
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.capture import capture, write_expected
@@ -47,11 +47,23 @@ class Captured(BaseModel):
 class Specimens(Zoo):
     """The child's side: chooses models, captures them, and builds and judges recipes, until something ends the process."""
 
+    def __init__(self, request: Rules) -> None:
+        super().__init__(request)
+        gc.freeze()
+        gc.set_threshold(200_000, 50, 1000)  # exporting makes millions of small objects, and each step collects when it starts
+
     def capture(self, candidate: dict[str, Any], photographs: str, folder: str) -> Captured:
         """Fill ``folder`` with the graph, the images that it is calibrated and compared with, and PyTorch's logits on them."""
         gc.collect()
         chosen, out = Candidate.model_validate(candidate), Path(folder)
-        plan = DataPlan(name="images", root=Path(photographs), test_split="test", classes=CLASSES, image_size=chosen.shape[1:])
+        plan = DataPlan(
+            name="images",
+            root=Path(photographs),
+            test_split="test",
+            validation_fraction=0.25,
+            classes=CLASSES,
+            image_size=chosen.shape[1:],
+        )
         data, pixels = load_data(plan, seed=0), preprocessing(plan)
         model = chosen.build(*chosen.shape[1:])
         first = data.train.head(CALIBRATION)
