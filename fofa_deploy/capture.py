@@ -7,9 +7,11 @@ import copy
 import io
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,6 +28,9 @@ GOLDEN = 16
 """Images in ``golden.npz``; enough for the batch sizes that are checked."""
 
 OPSET = 18
+
+FAULTS = (torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
+"""What exporters raise, and what a forward() may raise that is given symbols for numbers."""
 
 
 def capture(
@@ -79,7 +84,7 @@ def _export(model: nn.Module, inputs: np.ndarray, folder: Path, sidecar: Sidecar
             with _hushed():
                 proto = export(model, example)
             break
-        except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError) as error:
+        except FAULTS as error:
             refusals.append(f"{name}: {_reason(error)}")
     else:
         problem = f"{sidecar.model} cannot be exported to ONNX; {'; '.join(refusals)}"
@@ -106,30 +111,37 @@ def _by_export(model: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
         opset_version=OPSET,
         input_names=[INPUT],
         output_names=[OUTPUT],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
+        dynamic_shapes=_any_batch(),
         verbose=False,
     )
     assert program is not None
     return program.model_proto
 
 
+def _any_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1, max=4096)},)
+
+
 def _by_tracing(model: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
-    stream = io.BytesIO()
-    torch.onnx.export(
-        model,
-        (example,),
-        stream,
-        dynamo=False,
-        opset_version=OPSET,
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
-    )
-    return onnx.load_from_string(stream.getvalue())
+    # A trace follows the branch that the example takes, in silence; this refuses a forward() that branches on its data.
+    torch.export.export(model, (example,), dynamic_shapes=_any_batch(), strict=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "traced.onnx"
+        torch.onnx.export(
+            model,
+            (example,),
+            path,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+        )
+        return onnx.load(path)
 
 
 EXPORTERS = {"torch.export": _by_export, "TorchScript": _by_tracing}
-"""In the order in which they are tried. PyTorch deprecates the second, which takes some models that the first does not yet."""
+"""In the order in which they are tried. PyTorch deprecates the second; it writes operators that the first does not write yet."""
 
 
 @contextlib.contextmanager
