@@ -66,12 +66,12 @@ def load(path: Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {"families": {}}
 
 
-def save(path: Path, family: str, entry: dict, page: Callable[[dict], str]) -> None:
+def save(path: Path, entries: dict, page: Callable[[dict], str]) -> None:
     """Into the file as it is now, and its page beside it: runs over other families may be at it, too."""
     with Path(__file__).open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         record = load(path)
-        record["families"] = dict(sorted((record["families"] | {family: entry}).items()))
+        record["families"] = dict(sorted((record["families"] | entries).items()))
         record["environment"] = describe().model_dump(mode="json")
         scratch = path.with_suffix(".partial")
         scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")

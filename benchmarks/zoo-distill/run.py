@@ -64,7 +64,7 @@ def main(only: tuple[str, ...], quick: bool, seconds: float, memory_gib: float) 
             entry["trials"][role] = trial = _attempt(zoo, role, entry)
             click.echo(f"{family} {role}: {_verdict(trial)} {trial.get('seconds', '')}")
             if not quick:
-                save(RESULTS, family, entry, page)
+                save(RESULTS, {family: entry}, page)
 
 
 def _done(role: str, trials: dict) -> bool:

@@ -44,12 +44,12 @@ PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "openvino", "nncf", "tensorr
 METHOD = """
 A family is a module of `timm.models`, as `timm.list_modules()` names them. Each sends its classifier with the fewest parameters
 (timm's `test_*` miniatures left out) at the smallest square image of 64 px or more that it takes (* = told to its constructor),
-with 5 classes, the same as in [zoo-distill](../zoo-distill/README.md). Weights are random and seeded, made so that every layer
-is alive and the logits differ between images (`lively.py`); *spread* is the logits' standard deviation over 32 images, over
-their root mean square. Images are crops of real photographs.
+with 5 classes, the same as in [zoo-distill](../zoo-distill/README.md). Weights are random, seeded, and fitted to images so that
+every layer is alive and each logit has mean 0 and variance 1 over 32 images (`lively.py`). Images are crops of real photographs.
 
 - **Captured**: exported with a dynamic batch, and the graph says the same as PyTorch in ONNX Runtime at batches of 1, 2 and 8
-  (relative error of the logits 1e-3 at most; *error* is what it was).
+  (relative error of the logits 1e-3 at most; *error* is what it was). TorchScript is the exporter of what torch.export takes
+  and cannot write as ONNX.
 - **verified**: built, the runtime's own layer table shows the precision that was asked for, and the logits are PyTorch's at
   batches of 1, 2 and 8 (fp32 1e-3, fp16 5e-2).
 - **built**: built and the precision shown, on a machine without the device: nothing has run.
@@ -62,7 +62,9 @@ Each recipe is built and run in a child process with limits on time and memory; 
 
 @click.command()
 @click.option("--only", multiple=True, metavar="FAMILY", help="Try this family again, whatever is recorded.")
-@click.option("--precision", "precisions", multiple=True, type=click.Choice([str(name) for name in PRECISIONS]), help="All when absent.")
+@click.option(
+    "--precision", "precisions", multiple=True, type=click.Choice([str(name) for name in PRECISIONS]), help="All when absent."
+)
 @click.option("--quick", is_flag=True, help=f"Only {', '.join(QUICK)}; nothing is recorded.")
 @click.option("--seconds", default=240.0, help="Time limit of one family; what is left of it is tried by the next run.")
 @click.option("--memory-gib", default=8.0, help="Memory limit of the child process.")
@@ -82,11 +84,13 @@ def main(
         if not (place / "photographs").is_dir():
             write_photographs(place / "photographs")
         entries = {family: _entry(zoo, family, {} if only or quick else families) for family in chosen}
+        if not quick:
+            save(RESULTS, {family: entry for family, entry in entries.items() if family not in families}, page)
         for family, entry in sorted(entries.items(), key=lambda item: item[1]["smallest"]["params"]):
             for step in _Trial(zoo, entry, place, set(precisions or PRECISIONS), seconds).steps():
                 click.echo(f"{family} {step}")
                 if not quick:
-                    save(RESULTS, family, entry, page)
+                    save(RESULTS, {family: entry}, page)
 
 
 def _entry(zoo: Keeper, family: str, recorded: dict) -> dict:
@@ -190,7 +194,7 @@ def page(record: dict) -> str:
     families = record["families"]
     shown = [pair for pair in SHOWN if any(_rows(entry, *pair) for entry in families.values())]
     titles = [f"{TARGETS[target]} {precision}" for target, precision in shown]
-    columns = ["family", "smallest model", "M parameters", "px", "spread", "captured", "error", *titles]
+    columns = ["family", "smallest model", "M parameters", "px", "captured by", "error", *titles]
     cells = [[_cell(entry, *pair) for pair in shown] for entry in families.values()]
     lines = [
         "# Every timm family on every target",
@@ -215,7 +219,7 @@ def page(record: dict) -> str:
 
 
 def _rows(entry: dict, target: str, precision: str) -> list[dict]:
-    return [row for row in entry["rows"].values() if (row["target"], row["precision"]) == (target, precision)]
+    return [row for row in entry.get("rows", {}).values() if (row["target"], row["precision"]) == (target, precision)]
 
 
 def _cell(entry: dict, target: str, precision: str) -> str:
@@ -237,14 +241,14 @@ def _tally(cells: Sequence[str]) -> str:
 def _told(family: str, entry: dict) -> list[str]:
     found = entry.get("capture", {})
     if not _captured(entry):
-        return [family, *described(entry), "", "**no**" if found else "", ""]
-    return [family, *described(entry), f"{found['spread']:.2f}", found["exporter"], f"{found['relative_error']:.0e}"]
+        return [family, *described(entry), "**no**" if found else "", ""]
+    return [family, *described(entry), found["exporter"], f"{found['relative_error']:.0e}"]
 
 
 def _complaints(family: str, entry: dict) -> list[str]:
     if "failed" in entry.get("capture", {}):
         return [f"- {family}, capture: {entry['capture']['failed']}"]
-    rows = [row for row in entry["rows"].values() if WORDS[row["status"]].startswith("*")]
+    rows = [row for row in entry.get("rows", {}).values() if WORDS[row["status"]].startswith("*")]
     rows = [row for row in rows if row["status"] == Status.FAILED or row["precision"] != Precision.INT8]
     return [f"- {family}, {TARGETS[row['target']]}, {row['recipe']}: {row['status']}, {row['reason']}" for row in rows]
 
