@@ -86,7 +86,7 @@ def main(
         entries = {family: _entry(zoo, family, {} if only or quick else families) for family in chosen}
         if not quick:
             save(RESULTS, {family: entry for family, entry in entries.items() if family not in families}, page)
-        for family, entry in sorted(entries.items(), key=lambda item: item[1]["smallest"]["params"]):
+        for family, entry in sorted(entries.items(), key=_effort):
             for step in _Trial(zoo, entry, place, set(precisions or PRECISIONS), seconds).steps():
                 click.echo(f"{family} {step}")
                 if not quick:
@@ -100,6 +100,11 @@ def _entry(zoo: Keeper, family: str, recorded: dict) -> dict:
     known = load(CHOICES)["families"].get(family, {})
     found = {name: known[name] for name in ("smallest", "candidate") if name in known}
     return found or {"smallest": zoo.ask("smallest", family=family)}
+
+
+def _effort(item: tuple[str, dict]) -> tuple[bool, int]:
+    """What failed before comes last, then the smaller model first."""
+    return "failed" in item[1].get("capture", {}), item[1]["smallest"]["params"]
 
 
 class _Trial:
