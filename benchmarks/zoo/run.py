@@ -40,6 +40,11 @@ WORDS = {
     Status.FAILED: "**failed**",
 }
 RANK = list(WORDS)
+CAUSES = {
+    ("efficientvim", "cpu-openvino"): "OpenVINO's CPU plugin computes a depthwise convolution minus a tensor, times a vector, wrong"
+    " where the batch is dynamic and 1 and the map one pixel; a static batch, another batch or a larger map is right",
+}
+"""What was found out about failures, by family and target."""
 PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt-rtx", "fofa-deploy")
 METHOD = """
 A family is a module of `timm.models`, as `timm.list_modules()` names them. Each sends its classifier with the fewest parameters
@@ -255,7 +260,9 @@ def _complaints(family: str, entry: dict) -> list[str]:
         return [f"- {family}, capture: {entry['capture']['failed']}"]
     rows = [row for row in entry.get("rows", {}).values() if WORDS[row["status"]].startswith("*")]
     rows = [row for row in rows if row["status"] == Status.FAILED or row["precision"] != Precision.INT8]
-    return [f"- {family}, {TARGETS[row['target']]}, {row['recipe']}: {row['status']}, {row['reason']}" for row in rows]
+    told = [f"- {family}, {TARGETS[row['target']]}, {row['recipe']}: {row['status']}, {row['reason']}" for row in rows]
+    causes = [CAUSES.get((family, row["target"])) for row in rows]
+    return [f"{line} ({cause})" if cause else line for line, cause in zip(told, causes, strict=True)]
 
 
 if __name__ == "__main__":

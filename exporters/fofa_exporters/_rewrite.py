@@ -31,6 +31,52 @@ def expand_col2im(model: onnx.ModelProto) -> onnx.ModelProto:
     return out
 
 
+def flatten_scales(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``Mul`` and ``Div`` by a constant map before a convolution whose kernel is as large as the map, done on flattened maps.
+
+    OpenVINO 2026.4 takes such a map for a factor of the kernel, and folds it in there.
+    """
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    kernels = {node.input[0]: known[node.input[1]].shape[2:] for node in model.graph.node if _convolves(node, known)}
+    scales = [
+        node for node in model.graph.node if node.op_type in ("Mul", "Div") and _map(node, known) == kernels.get(node.output[0])
+    ]
+    if not scales:
+        return model
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    places = {node.output[0]: index for index, node in enumerate(model.graph.node)}
+    for scale in reversed(scales):
+        tensors, replacement = _flattened(scale, known[scale.input[1]])
+        del out.graph.node[places[scale.output[0]]]
+        for new in reversed(replacement):
+            out.graph.node.insert(places[scale.output[0]], new)
+        out.graph.initializer.extend(tensors)
+    return out
+
+
+def _convolves(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> bool:
+    return node.op_type == "Conv" and node.input[1] in known and known[node.input[1]].ndim == 4
+
+
+def _map(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> tuple[int, ...] | None:
+    """Height and width of a node's constant second operand, where it has any extent."""
+    value = known.get(node.input[1])
+    return value.shape[-2:] if value is not None and value.ndim in (2, 3, 4) and value.shape[-2:] != (1, 1) else None
+
+
+def _flattened(node: onnx.NodeProto, value: np.ndarray) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+    name = node.output[0]
+    shapes = {"rows": np.array([0, 0, -1], np.int64), "map": np.array([0, 0, *value.shape[-2:]], np.int64)}
+    shapes["factors"] = value.reshape(*value.shape[:-2], -1)
+    nodes = [
+        helper.make_node("Reshape", [node.input[0], f"{name}.rows"], [f"{name}.flat"], name=f"{node.name}.flatten"),
+        helper.make_node(node.op_type, [f"{name}.flat", f"{name}.factors"], [f"{name}.scaled"], name=node.name),
+        helper.make_node("Reshape", [f"{name}.scaled", f"{name}.map"], [name], name=f"{node.name}.unflatten"),
+    ]
+    return [numpy_helper.from_array(array, f"{name}.{kind}") for kind, array in shapes.items()], nodes
+
+
 def _rank(value: onnx.ValueInfoProto) -> int:
     return len(value.type.tensor_type.shape.dim)
 

@@ -33,6 +33,7 @@ from fofa_deploy.types import (
 )
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
+from fofa_exporters._rewrite import flatten_scales
 
 HINTS = {Precision.FP32: ov.Type.f32, Precision.BF16: ov.Type.bf16, Precision.FP16: ov.Type.f16}
 _PRECISIONS = {"f32": Precision.FP32, "bf16": Precision.BF16, "f16": Precision.FP16, "i8": Precision.INT8, "u8": Precision.INT8}
@@ -81,10 +82,10 @@ class OpenVinoBackend:
         return [_on(recipe, profile.device.name) for recipe in offered if recipe.precision in profile.precisions]
 
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
-        _onnx.read(graph)
+        source = flatten_scales(_onnx.read(graph))
         main = out / "model.xml"
         try:
-            model = ov.Core().read_model(graph.path)
+            model = ov.Core().read_model(source.SerializeToString())
             if recipe.precision is Precision.INT8:
                 model = _quantize(model, recipe, _onnx.require_calibration(recipe, calibration))
             ov.save_model(model, main, compress_to_fp16=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnxruntime as ort
+import openvino as ov
 import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from fofa_exporters._rewrite import expand_col2im
+from fofa_exporters._rewrite import expand_col2im, flatten_scales
 
 CHANNELS = 3
 
@@ -60,3 +61,36 @@ def test_a_graph_without_it_is_left_alone():
     model = _col2im([4, 4], [2, 2], 4, strides=[2, 2])
     del model.graph.node[1]
     assert expand_col2im(model) is model
+
+
+def _scaled(operator: str, factors: tuple[int, ...], kernel: int) -> onnx.ModelProto:
+    """Maps (batch,2,7,7) scaled by constants and convolved."""
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(rng.uniform(1, 4, factors).astype(np.float32), "factors"),
+        numpy_helper.from_array(rng.standard_normal((1, 2, kernel, kernel)).astype(np.float32), "kernel"),
+    ]
+    make = helper.make_tensor_value_info
+    values = [make("maps", onnx.TensorProto.FLOAT, ["batch", 2, 7, 7]), make("out", onnx.TensorProto.FLOAT, ["batch", 1, 7, 7])]
+    nodes = [
+        helper.make_node(operator, ["maps", "factors"], ["scaled"], name="scale"),
+        helper.make_node("Conv", ["scaled", "kernel"], ["out"], name="convolve", pads=[kernel // 2] * 4),
+    ]
+    graph = helper.make_graph(nodes, "scale", values[:1], values[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize("factors", [(7, 7), (1, 2, 7, 7), ()])
+@pytest.mark.parametrize("operator", ["Mul", "Div"])
+@pytest.mark.parametrize("kernel", [7, 3])
+def test_openvino_keeps_a_scale_out_of_a_kernel_of_its_size(operator, factors, kernel):
+    model = _scaled(operator, factors, kernel)
+    maps = np.random.default_rng(1).standard_normal((2, 2, 7, 7)).astype(np.float32)
+    (expected,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"maps": maps})
+    rewritten = flatten_scales(model)
+    onnx.checker.check_model(rewritten, full_check=True)
+    assert (rewritten is not model) == (factors != () and kernel == 7)
+    compiled = ov.Core().compile_model(
+        ov.Core().read_model(rewritten.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    np.testing.assert_allclose(compiled({"maps": maps})[0], expected, rtol=1e-4, atol=1e-4)
