@@ -128,7 +128,8 @@ class _Trial:
 
     def steps(self) -> Iterator[str]:
         """Takes one after the other, and tells how each ended."""
-        if _captured(self.entry) and self._precisions <= set(self.entry.get("tried", ())) and not self._failures():
+        asked = [row for row in self.entry["rows"].values() if row["precision"] in self._precisions]
+        if _captured(self.entry) and self._precisions <= set(self.entry.get("tried", ())) and all(map(_settled, asked)):
             return
         if not _captured(self.entry) or not (self._graph / "validation.npy").is_file():
             yield self._capture()
@@ -147,9 +148,6 @@ class _Trial:
         self.entry["tried"] = sorted({*self.entry.get("tried", ()), *self._precisions})
         yield "done"
 
-    def _failures(self) -> list[dict]:
-        return [r for r in self.entry["rows"].values() if r["precision"] in self._precisions and r["status"] == Status.FAILED]
-
     def _capture(self) -> str:
         where = {"photographs": str(self._photographs), "folder": str(self._graph)}
         try:
@@ -162,7 +160,7 @@ class _Trial:
         """What the back ends offer and has not been done: target, offer and recipe, the cheapest first."""
         offers = {target: self._zoo.ask("offer", folder=str(self._graph), target=target) for target in TARGETS}
         everything = [(target, offered["probe"], recipe) for target, offered in offers.items() for recipe in offered["recipes"]]
-        done = {key for key, row in self.entry["rows"].items() if row["status"] != Status.FAILED}
+        done = {key for key, row in self.entry["rows"].items() if _settled(row)}
         left = [told for told in everything if told[2]["precision"] in self._precisions and _key(told[0], told[2]) not in done]
         return sorted(left, key=lambda told: PRECISIONS.index(told[2]["precision"]))
 
@@ -174,6 +172,13 @@ class _Trial:
             row = {"status": Status.FAILED, "reason": _first_line(error)}
         self.entry["rows"][_key(target, recipe)] = _kept(row, target, recipe)
         return f"{_key(target, recipe)}: {row['status']} {row['reason']}"
+
+
+def _settled(row: dict) -> bool:
+    """There is nothing to try again: int8 of random weights may differ, floats may not."""
+    return row["status"] in (Status.VERIFIED, Status.BUILT_NOT_RUN) or (
+        row["status"] == Status.REJECTED and row["precision"] == Precision.INT8
+    )
 
 
 def _key(target: str, recipe: dict) -> str:
@@ -258,8 +263,7 @@ def _told(family: str, entry: dict) -> list[str]:
 def _complaints(family: str, entry: dict) -> list[str]:
     if "failed" in entry.get("capture", {}):
         return [f"- {family}, capture: {entry['capture']['failed']}"]
-    rows = [row for row in entry.get("rows", {}).values() if WORDS[row["status"]].startswith("*")]
-    rows = [row for row in rows if row["status"] == Status.FAILED or row["precision"] != Precision.INT8]
+    rows = [row for row in entry.get("rows", {}).values() if not _settled(row)]
     told = [f"- {family}, {TARGETS[row['target']]}, {row['recipe']}: {row['status']}, {row['reason']}" for row in rows]
     causes = [CAUSES.get((family, row["target"])) for row in rows]
     return [f"{line} ({cause})" if cause else line for line, cause in zip(told, causes, strict=True)]

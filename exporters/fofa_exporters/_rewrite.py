@@ -38,9 +38,8 @@ def flatten_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     kernels = {node.input[0]: known[node.input[1]].shape[2:] for node in model.graph.node if _convolves(node, known)}
-    scales = [
-        node for node in model.graph.node if node.op_type in ("Mul", "Div") and _map(node, known) == kernels.get(node.output[0])
-    ]
+    products = [node for node in model.graph.node if node.op_type in ("Mul", "Div")]
+    scales = [node for node in products if _map(node, known) == kernels.get(node.output[0], ())]
     if not scales:
         return model
     out = onnx.ModelProto()

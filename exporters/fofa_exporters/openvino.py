@@ -38,6 +38,11 @@ from fofa_exporters._rewrite import flatten_scales
 HINTS = {Precision.FP32: ov.Type.f32, Precision.BF16: ov.Type.bf16, Precision.FP16: ov.Type.f16}
 _PRECISIONS = {"f32": Precision.FP32, "bf16": Precision.BF16, "f16": Precision.FP16, "i8": Precision.INT8, "u8": Precision.INT8}
 _WEIGHTED = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected"})
+RUNTIME_CACHE = "CPU_RUNTIME_CACHE_CAPACITY"
+"""OpenVINO 2026.4 may take an executor out of it that was made for another batch size, and then answers wrong.
+
+It only spares time when the batch size changes.
+"""
 _VIRTUAL_DEVICES = ("AUTO", "MULTI", "HETERO", "BATCH")
 
 
@@ -188,6 +193,8 @@ def _compile(path: Path, recipe: Recipe, threads: int | None, **more: bool) -> A
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": wanted, **more}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
+    if device == "CPU":
+        config[RUNTIME_CACHE] = 0
     compiled = ov.Core().compile_model(path, device, config)
     _check_bound(compiled, device, wanted)
     return compiled

@@ -94,3 +94,11 @@ def test_openvino_keeps_a_scale_out_of_a_kernel_of_its_size(operator, factors, k
         ov.Core().read_model(rewritten.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     np.testing.assert_allclose(compiled({"maps": maps})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_tensors_and_other_scales_are_left_alone():
+    model = _scaled("Mul", (7, 7), 7)
+    model.graph.node.extend(
+        [helper.make_node("Mul", ["out", "out"], ["square"]), helper.make_node("Div", ["square", "factors"], ["end"])]
+    )
+    assert [node.op_type for node in flatten_scales(model).graph.node] == ["Reshape", "Mul", "Reshape", "Conv", "Mul", "Div"]
