@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,11 +29,16 @@ GOLDEN = 16
 
 OPSET = 18
 
+FAULTS = (torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
+"""What exporters raise, and what a forward() may raise that is given symbols for numbers."""
+
 
 def capture(
     model: nn.Module, name: str, preprocessing: Preprocessing, class_names: tuple[str, ...], images: Split, folder: Path
 ) -> None:
     """Write ``model.onnx`` (dynamic batch), ``sidecar.json`` and ``golden.npz`` (images, logits) into ``folder``.
+
+    Where the first of `EXPORTERS` refused the model, ``notices.json`` tells which one took it, and why not the first.
 
     Args:
         model: logits (B,classes) from normalized images (B,C,H,W); a copy on the CPU in eval mode is exported.
@@ -38,7 +46,7 @@ def capture(
         images: real images; the first `GOLDEN` become the golden inputs, repeated where there are fewer.
 
     Raises:
-        GraphError: the exporter refused the model, or its output is not (B,classes).
+        GraphError: no exporter takes the model, or its output is not (B,classes).
     """
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     pixels = np.resize(images.source.images(images.indices[:GOLDEN]), (GOLDEN, preprocessing.channels, *preprocessing.image_size))
@@ -55,7 +63,7 @@ def capture(
         class_names=class_names,
     )
     (folder / "sidecar.json").write_text(sidecar.model_dump_json(indent=1))
-    _export(model, inputs, folder / "model.onnx", sidecar)
+    _export(model, inputs, folder, sidecar)
 
 
 def _check_output(outputs: object, classes: int, name: str) -> None:
@@ -66,32 +74,74 @@ def _check_output(outputs: object, classes: int, name: str) -> None:
         raise GraphError(f"{name} gives NaN or infinity for real images", "check its weights and the preprocessing")
 
 
-def _export(model: nn.Module, inputs: np.ndarray, path: Path, sidecar: Sidecar) -> None:
+def _export(model: nn.Module, inputs: np.ndarray, folder: Path, sidecar: Sidecar) -> None:
+    """Write the graph by the first exporter that takes the model, and a notice where that is not the first of all."""
     # A batch of one would be taken for a constant, and so for the only batch size there is.
     example = torch.from_numpy(inputs[:2])
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    try:
-        with _hushed():
-            program = torch.onnx.export(
-                model,
-                (example,),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes=({0: batch},),
-                verbose=False,
-            )
-    except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise GraphError(
-            f"{sidecar.model} cannot be exported to ONNX: {reason}", "choose another student, or mend its forward()"
-        ) from error
-    assert program is not None
-    proto = program.model_proto
-    onnx.helper.set_model_props(proto, {"fofa_deploy.sidecar": sidecar.model_dump_json()})
+    refusals: list[str] = []
+    for name, export in EXPORTERS.items():
+        try:
+            with _hushed():
+                proto = export(model, example)
+            break
+        except FAULTS as error:
+            refusals.append(f"{name}: {_reason(error)}")
+    else:
+        problem = f"{sidecar.model} cannot be exported to ONNX; {'; '.join(refusals)}"
+        raise GraphError(problem, "choose another student, or mend its forward()")
+    onnx.helper.set_model_props(proto, {"fofa_deploy.sidecar": sidecar.model_dump_json(), "fofa_deploy.exporter": name})
     onnx.checker.check_model(proto)
-    onnx.save(proto, path)
+    onnx.save(proto, folder / "model.onnx")
+    if refusals:
+        notice = f"{sidecar.model} was exported by {name}; {'; '.join(refusals)}"
+        (folder / "notices.json").write_text(json.dumps([notice]))
+
+
+def _reason(error: Exception) -> str:
+    """The exporters put what went wrong at first below a page of advice."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if line.startswith("<class ")), lines[0])
+
+
+def _by_export(model: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
+    program = torch.onnx.export(
+        model,
+        (example,),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=_any_batch(),
+        verbose=False,
+    )
+    assert program is not None
+    return program.model_proto
+
+
+def _any_batch() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch", min=1, max=4096)},)
+
+
+def _by_tracing(model: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
+    # A trace follows the branch that the example takes, in silence; this refuses a forward() that branches on its data.
+    torch.export.export(model, (example,), dynamic_shapes=_any_batch(), strict=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "traced.onnx"
+        torch.onnx.export(
+            model,
+            (example,),
+            path,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+        )
+        return onnx.load(path)
+
+
+EXPORTERS = {"torch.export": _by_export, "TorchScript": _by_tracing}
+"""In the order in which they are tried. PyTorch deprecates the second; it writes operators that the first does not write yet."""
 
 
 @contextlib.contextmanager

@@ -183,7 +183,9 @@ class Run:
             check = GraphCheck(folder=out, profile=find_profile(REFERENCE))
             run_isolated("fofa_deploy.verify:check_graph", check, Comparison, seconds=self.plan.limits.run_seconds)
 
-        return self._stage(stage, inputs, work)
+        graph = self._stage(stage, inputs, work)
+        self.notices += read_notices(graph)
+        return graph
 
     def _model_inputs(self, plan: ModelPlan, folder: Path) -> dict[str, object]:
         """All that decides a trained model's outputs."""

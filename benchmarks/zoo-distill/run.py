@@ -7,15 +7,12 @@ python benchmarks/zoo-distill/run.py --quick    # a handful, not recorded
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
 
 import click
+from keeper import Keeper, conditions, described, load, save, table
+
+from fofa_deploy.errors import FofaError
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -42,16 +39,6 @@ time and memory; a trial that fails ends its process.
   that plain cross-entropy trains had a gradient and moved.
 - **Non-square**: teacher once more, one step on images twice as wide as high. Families that insist on squares refuse.
 """
-MINIATURES = "test_"
-"""timm's own for its tests; they do not count as the smallest of a family."""
-SHRUNK: dict[str, dict] = {
-    name: {"depth": 4}
-    for name in (
-        *("deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m"),
-        *("beit_base_patch16_224", "naflexvit_base_patch16_parfac_gap", "samvit_base_patch16_224"),
-    )
-}
-"""Constructor arguments for smallest models that are still too large for a quick trial."""
 
 
 @click.command()
@@ -63,10 +50,9 @@ def main(only: tuple[str, ...], quick: bool, seconds: float, memory_gib: float) 
     """Put the families through their trials, recording each as it finishes."""
     import timm
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    record = _load()
+    record = load(RESULTS)
     families = QUICK if quick else only or timm.list_modules()
-    with _Zoo(seconds, int(memory_gib * 2**30)) as zoo:
+    with Keeper("trial:Zoo", [HERE], seconds, int(memory_gib * 2**30)) as zoo:
         for family in families:
             if family not in record["families"]:
                 record["families"][family] = {"smallest": zoo.ask("smallest", family=family), "trials": {}}
@@ -78,48 +64,16 @@ def main(only: tuple[str, ...], quick: bool, seconds: float, memory_gib: float) 
             entry["trials"][role] = trial = _attempt(zoo, role, entry)
             click.echo(f"{family} {role}: {_verdict(trial)} {trial.get('seconds', '')}")
             if not quick:
-                _save(family, entry)
-
-
-class _Zoo:
-    """A child process that answers until something goes wrong in it; then the next question goes to a new one."""
-
-    def __init__(self, seconds: float, memory_bytes: int) -> None:
-        self._limits = {"seconds": seconds, "memory_bytes": memory_bytes}
-        self._child = None
-
-    def ask(self, method: str, **arguments: Any) -> dict:  # noqa: ANN401 - JSON
-        from trial import Rules
-
-        from fofa_deploy.errors import FofaError
-        from fofa_deploy.isolate import Child
-
-        try:
-            self._child = self._child or Child("trial:Zoo", Rules(ignored_prefix=MINIATURES), **self._limits)
-            return self._child.call(method, **arguments)
-        except FofaError:
-            self._child = None
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._child is not None:
-            self._child.close()
+                save(RESULTS, {family: entry}, page)
 
 
 def _done(role: str, trials: dict) -> bool:
     return role in trials and (_works(trials[role]) or role not in PASSES[0])
 
 
-def _attempt(zoo: _Zoo, role: str, entry: dict) -> dict:
-    from fofa_deploy.errors import FofaError
-
-    name = entry["smallest"]["name"]
+def _attempt(zoo: Keeper, role: str, entry: dict) -> dict:
     try:
-        entry["candidate"] = entry.get("candidate") or zoo.ask("candidate", name=name, arguments=SHRUNK.get(name, {}))
-        return zoo.ask("attempt", role=role, candidate=entry["candidate"])
+        return zoo.ask("attempt", role=role, candidate=zoo.candidate(entry))
     except FofaError as error:
         return {"failed": str(error)}
 
@@ -134,32 +88,12 @@ def _verdict(trial: dict) -> str:
     return trial["failed"] if "failed" in trial else "; ".join(trial["problems"])
 
 
-def _save(family: str, entry: dict) -> None:
-    """Into the file as it is now: runs over other families may be at it, too."""
-    from fofa_deploy.environment import describe
-
-    with Path(__file__).open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        record = _load()
-        record["families"] = dict(sorted((record["families"] | {family: entry}).items()))
-        record["environment"] = describe().model_dump(mode="json")
-        scratch = RESULTS.with_suffix(".partial")
-        scratch.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-        scratch.replace(RESULTS)
-        (HERE / "README.md").write_text(page(record))
-
-
-def _load() -> dict:
-    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"families": {}}
-
-
 # --- page -----------------------------------------------------------------------------------------------------
 
 
 def page(record: dict) -> str:
     """README.md, from the record alone."""
     families, environment = record["families"], record["environment"]
-    versions = ", ".join(f"{name} {environment['versions'][name]}" for name in ("torch", "timm", "fofa-deploy"))
     tally = ", ".join(f"{_tally(families, role)} {words}" for role, words in TALLIED)
     lines = [
         "# Every timm family as teacher and as student",
@@ -168,12 +102,12 @@ def page(record: dict) -> str:
         "",
         f"**{tally}.**",
         "",
-        f"{environment['cpu']}, one thread, Python {environment['python']}; {versions}. Seconds do not compare: the machine's"
+        f"{conditions(environment, ('torch', 'timm', 'fofa-deploy'))} Seconds do not compare: the machine's"
         f" load average was {environment['load_average']:.1f} on {environment['cores']} cores at the last trial.",
         "",
         *METHOD.strip().splitlines(),
         "",
-        *_table(COLUMNS, [_row(family, entry) for family, entry in families.items()]),
+        *table(COLUMNS, [_row(family, entry) for family, entry in families.items()]),
     ]
     failures = [
         f"- {family}, {role.replace('_', ' ')}: {_verdict(trial)}"
@@ -199,16 +133,12 @@ def _own_notices(entry: dict) -> list[str]:
 
 
 def _row(family: str, entry: dict) -> list[str]:
-    candidate, trials = entry.get("candidate", {}), entry["trials"]
+    trials = entry["trials"]
     teacher, student = trials.get("as_teacher", {}), trials.get("as_student", {})
     stages = teacher.get("stages") or student.get("stages") or []
-    size = f"{candidate['side']}{'*' if candidate['sized'] else ''}" if candidate else ""
-    shrunk = ", ".join(f"{name}={value}" for name, value in candidate.get("arguments", {}).items())
     return [
         family,
-        entry["smallest"]["name"] + (f" ({shrunk})" if shrunk else ""),
-        f"{candidate.get('params', entry['smallest']['params']) / 1e6:.1f}",
-        size,
+        *described(entry),
         *(_short(trials, role) for role, _ in TALLIED),
         f"{sum(bool(stage['prompt']) for stage in stages)} of {len(stages)}",
         ", ".join(dict.fromkeys(stage["layout"] for stage in stages)),
@@ -224,10 +154,5 @@ def _short(trials: dict, role: str) -> str:
     return "yes" if _works(trials[role]) else "**no**"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in [columns, ["---"] * len(columns), *rows]]
-
-
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
     main()

@@ -22,7 +22,8 @@ def network_layers(network: Any) -> tuple[Layer, ...]:  # noqa: ANN401
     """Types of each layer's first output; a product of dequantized operands counts as int8, for that is what it compiles to."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     producers = {layer.get_output(i).name: layer for layer in layers for i in range(layer.num_outputs)}
-    return tuple(_network_layer(layer, producers) for layer in layers if _kind(layer) != "CONSTANT")
+    # What ends a loop (an LSTM is one) has no output.
+    return tuple(_network_layer(layer, producers) for layer in layers if _kind(layer) != "CONSTANT" and layer.num_outputs)
 
 
 def _network_layer(layer: Any, producers: dict[str, Any]) -> Layer:  # noqa: ANN401

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import onnx
 import openvino as ov
 
 from fofa_deploy.errors import BackendError, BuildError
@@ -38,10 +39,16 @@ from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import SMOOTHING, grown
+from fofa_exporters._rewrite import flatten_scales
 
 HINTS = {Precision.FP32: ov.Type.f32, Precision.BF16: ov.Type.bf16, Precision.FP16: ov.Type.f16}
 _PRECISIONS = {"f32": Precision.FP32, "bf16": Precision.BF16, "f16": Precision.FP16, "i8": Precision.INT8, "u8": Precision.INT8}
 _WEIGHTED = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "FullyConnected"})
+RUNTIME_CACHE = "CPU_RUNTIME_CACHE_CAPACITY"
+"""OpenVINO 2026.4 may take an executor out of it that was made for another batch size, and then answers wrong.
+
+It only spares time when the batch size changes.
+"""
 _VIRTUAL_DEVICES = ("AUTO", "MULTI", "HETERO", "BATCH")
 
 
@@ -88,10 +95,10 @@ class OpenVinoBackend:
         return [_on(recipe, profile.device.name) for recipe in offered if recipe.precision in profile.precisions]
 
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
-        _onnx.read(graph)
+        source = _onnx.read(graph)
         main = out / "model.xml"
         try:
-            model = _read(graph, recipe, calibration)
+            model = _read(source, recipe, calibration)
             ov.save_model(model, main, compress_to_fp16=False)
             layers = layer_table(_compile(main, recipe, threads=None))
         except (RuntimeError, BackendError) as error:
@@ -227,6 +234,8 @@ def _compile_on(device: str, path: Path, threads: int | None, **more: object) ->
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **more}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
+    if device == "CPU":
+        config[RUNTIME_CACHE] = 0
     compiled = ov.Core().compile_model(path, device, config)
     bound = compiled.get_property("EXECUTION_DEVICES")
     if any(name.split(".")[0] != device.split(".")[0] for name in bound):
@@ -255,14 +264,15 @@ def _spec(port: Any) -> TensorSpec:  # noqa: ANN401
 # --- quantizing ---------------------------------------------------------------------------------------------------
 
 
-def _read(graph: Graph, recipe: Recipe, calibration: Calibration | None) -> Any:  # noqa: ANN401 - openvino is untyped
+def _read(source: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> Any:  # noqa: ANN401 - openvino is untyped
     """The graph as OpenVINO's model, quantized where the recipe says so."""
-    if recipe.precision is not Precision.INT8:
-        return ov.Core().read_model(graph.path)
-    images = require_calibration(recipe, calibration)
-    if recipe.options.get("method") == "qdq":
-        return ov.Core().read_model(quantized(_onnx.read(graph), images, Scheme.of(recipe)).SerializeToString())
-    return _quantize(ov.Core().read_model(graph.path), recipe, images)
+    pairs = recipe.options.get("method") == "qdq"
+    if pairs:
+        source = quantized(source, require_calibration(recipe, calibration), Scheme.of(recipe))
+    model = ov.Core().read_model(flatten_scales(source).SerializeToString())
+    if pairs or recipe.precision is not Precision.INT8:
+        return model
+    return _quantize(model, recipe, require_calibration(recipe, calibration))
 
 
 class Samples(Sized):

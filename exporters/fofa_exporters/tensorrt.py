@@ -36,6 +36,7 @@ from fofa_exporters._cuda import TensorRtSession, logger, no_gpu, words
 from fofa_exporters._engine import inspector_layers, layer_time, network_layers, typed_layers
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import grown
+from fofa_exporters._rewrite import expand_col2im
 
 ENGINE = "model.engine"
 
@@ -79,7 +80,7 @@ class _Family:
         return [recipe.model_copy(update={"options": {**recipe.options, **batch}}) for recipe in offered]
 
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
-        typed = _written(_onnx.read(graph), recipe, calibration)
+        typed = _written(expand_col2im(_onnx.read(graph)), recipe, calibration)
         if recipe.options.get("on_device"):
             main, versions = out / "model.onnx", {"onnx": onnx.__version__}
             onnx.save(typed, main)
@@ -181,7 +182,7 @@ def _narrow(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | N
 
 
 def _integer(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
-    pairs = quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe))
+    pairs = expand_col2im(quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe)))
     rest = Precision(str(recipe.options.get("rest", Precision.FP32)))
     return pairs if rest is Precision.FP32 else _typed.typed(pairs, rest)
 

@@ -228,3 +228,21 @@ def test_a_remote_gpu_gets_the_typed_graph_and_builds_the_engine_itself(captured
     assert set(weighted) == {recipe.precision}
     with pytest.raises(BackendError, match="built on its device"):
         backend.load(artifact, there)
+
+
+def test_a_recurrent_network_has_a_layer_table():
+    """TensorRT unrolls an LSTM into a loop, whose limit is a layer without an output."""
+    trt = pytest.importorskip("tensorrt_rtx")
+    rng, make = np.random.default_rng(0), onnx.helper.make_tensor_value_info
+    shapes = {"W": (1, 16, 3), "R": (1, 16, 4)}
+    weights = [onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name) for name, shape in shapes.items()]
+    nodes = [
+        onnx.helper.make_node("Transpose", ["tokens"], ["steps"], perm=[1, 0, 2]),
+        onnx.helper.make_node("LSTM", ["steps", "W", "R"], ["states"], hidden_size=4),
+    ]
+    values = [make("tokens", onnx.TensorProto.FLOAT, ["batch", 5, 3]), make("states", onnx.TensorProto.FLOAT, [5, 1, "batch", 4])]
+    graph = onnx.helper.make_graph(nodes, "lstm", values[:1], values[1:], weights)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    engine, layers = tensorrt._build_engine(trt, model, 8)
+    assert len(engine) > 1000
+    assert any(layer.weighted and layer.precision == "fp32" for layer in layers)

@@ -1,0 +1,111 @@
+"""Operators that a runtime lacks, written with operators that it has; the results are the same, rounding included."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper, shape_inference
+
+
+def expand_col2im(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``Col2Im`` as a transposed convolution whose kernels each move one value to its place.
+
+    Nodes whose image or block shape is computed while running stay as they are.
+    """
+    nodes = [node for node in model.graph.node if node.op_type == "Col2Im"]
+    if not nodes:
+        return model
+    inferred = shape_inference.infer_shapes(model)
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    widths = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in inferred.graph.value_info if _rank(value) == 3}
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for index, node in reversed(list(enumerate(model.graph.node))):
+        width = widths.get(node.input[0], 0) if node.op_type == "Col2Im" else 0
+        if width and known.keys() >= {node.input[1], node.input[2]}:
+            tensors, replacement = _moved(node, width, known[node.input[1]], known[node.input[2]])
+            del out.graph.node[index]
+            for new in reversed(replacement):
+                out.graph.node.insert(index, new)
+            out.graph.initializer.extend(tensors)
+    return out
+
+
+def flatten_scales(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``Mul`` and ``Div`` by a constant map before a convolution whose kernel is as large as the map, done on flattened maps.
+
+    OpenVINO 2026.4 takes such a map for a factor of the kernel, and folds it in there.
+    """
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    kernels = {node.input[0]: known[node.input[1]].shape[2:] for node in model.graph.node if _convolves(node, known)}
+    products = [node for node in model.graph.node if node.op_type in ("Mul", "Div")]
+    scales = [node for node in products if _map(node, known) == kernels.get(node.output[0], ())]
+    if not scales:
+        return model
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    places = {node.output[0]: index for index, node in enumerate(model.graph.node)}
+    for scale in reversed(scales):
+        tensors, replacement = _flattened(scale, known[scale.input[1]])
+        del out.graph.node[places[scale.output[0]]]
+        for new in reversed(replacement):
+            out.graph.node.insert(places[scale.output[0]], new)
+        out.graph.initializer.extend(tensors)
+    return out
+
+
+def _convolves(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> bool:
+    return node.op_type == "Conv" and node.input[1] in known and known[node.input[1]].ndim == 4
+
+
+def _map(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> tuple[int, ...] | None:
+    """Height and width of a node's constant second operand, where it has any extent."""
+    value = known.get(node.input[1])
+    return value.shape[-2:] if value is not None and value.ndim in (2, 3, 4) and value.shape[-2:] != (1, 1) else None
+
+
+def _flattened(node: onnx.NodeProto, value: np.ndarray) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+    name = node.output[0]
+    shapes = {"rows": np.array([0, 0, -1], np.int64), "map": np.array([0, 0, *value.shape[-2:]], np.int64)}
+    shapes["factors"] = value.reshape(*value.shape[:-2], -1)
+    nodes = [
+        helper.make_node("Reshape", [node.input[0], f"{name}.rows"], [f"{name}.flat"], name=f"{node.name}.flatten"),
+        helper.make_node(node.op_type, [f"{name}.flat", f"{name}.factors"], [f"{name}.scaled"], name=node.name),
+        helper.make_node("Reshape", [f"{name}.scaled", f"{name}.map"], [name], name=f"{node.name}.unflatten"),
+    ]
+    return [numpy_helper.from_array(array, f"{name}.{kind}") for kind, array in shapes.items()], nodes
+
+
+def _rank(value: onnx.ValueInfoProto) -> int:
+    return len(value.type.tensor_type.shape.dim)
+
+
+def _moved(
+    node: onnx.NodeProto, width: int, image: np.ndarray, block: np.ndarray
+) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+    """Columns (B,width,L) -> (B,width,*places), then one group of one-hot kernels per channel of the image."""
+    attributes = {attribute.name: list(helper.get_attribute_value(attribute)) for attribute in node.attribute}
+    ones, taps = [1] * len(block), int(block.prod())
+    strides, dilations = attributes.get("strides", ones), attributes.get("dilations", ones)
+    pads = np.reshape(attributes.get("pads", [0] * 2 * len(block)), (2, -1))
+    reach = np.multiply(dilations, block - 1) + 1
+    places = (image + pads.sum(0) - reach) // strides + 1
+    # What a transposed convolution would cut off or lack at the far end, where the image is no whole number of strides.
+    excess = (places - 1) * strides + reach - pads[0] - image
+    kernels = np.tile(np.eye(taps, dtype=np.float32), (width // taps, 1)).reshape(width, 1, *block)
+    shape = np.array([0, 0, *places], np.int64)
+    name = node.output[0]
+    tensors = [numpy_helper.from_array(shape, f"{name}.shape"), numpy_helper.from_array(kernels, f"{name}.kernels")]
+    moved = helper.make_node(
+        "ConvTranspose",
+        [f"{name}.columns", f"{name}.kernels"],
+        [name],
+        name=node.name,
+        group=width // taps,
+        strides=strides,
+        dilations=dilations,
+        pads=[*map(int, pads[0]), *map(int, np.maximum(excess, 0))],
+        output_padding=list(map(int, np.maximum(-excess, 0))),
+    )
+    reshaped = helper.make_node("Reshape", [node.input[0], f"{name}.shape"], [f"{name}.columns"], name=f"{node.name}.reshape")
+    return tensors, [reshaped, moved]

@@ -1,0 +1,104 @@
+"""Rewritten operators give the same results as those they stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import openvino as ov
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+from fofa_exporters._rewrite import expand_col2im, flatten_scales
+
+CHANNELS = 3
+
+
+def _col2im(image: list[int], block: list[int], columns: int, **attributes: list[int]) -> onnx.ModelProto:
+    """Columns (batch,CHANNELS*block,columns) -> images."""
+    shapes = [numpy_helper.from_array(np.array(shape, np.int64), name) for name, shape in (("image", image), ("block", block))]
+    make = helper.make_tensor_value_info
+    source = make("columns", onnx.TensorProto.FLOAT, ["batch", CHANNELS * int(np.prod(block)), columns])
+    target = make("images", onnx.TensorProto.FLOAT, ["batch", CHANNELS, *image])
+    nodes = [
+        helper.make_node("Relu", ["columns"], ["positive"], name="first"),
+        helper.make_node("Col2Im", ["positive", "image", "block"], ["folded"], name="fold", **attributes),
+        helper.make_node("Identity", ["folded"], ["images"], name="last"),
+    ]
+    graph = helper.make_graph(nodes, "fold", [source], [target], shapes)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize(
+    ("image", "block", "options"),
+    [
+        ([14, 14], [3, 3], {"stride": 2, "padding": 1}),
+        ([8, 8], [2, 2], {"stride": 2}),
+        ([7, 9], [3, 2], {"padding": (1, 0)}),
+        ([11, 12], [3, 3], {"stride": 3, "padding": 1, "dilation": 2}),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_col2im_becomes_a_transposed_convolution(image, block, options, batch):
+    unfolded = torch.nn.functional.unfold(torch.rand(batch, CHANNELS, *image), block, **options)
+    columns = torch.rand(unfolded.shape, generator=torch.Generator().manual_seed(0))
+    pair = {name: list(value) if isinstance(value, tuple) else [value] * 2 for name, value in options.items()}
+    attributes = {f"{name}s": pair[name] for name in ("stride", "dilation") if name in pair}
+    attributes |= {"pads": pair["padding"] * 2} if "padding" in pair else {}
+    model = expand_col2im(_col2im(image, block, columns.shape[2], **attributes))
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Relu", "Reshape", "ConvTranspose", "Identity"]
+    # onnx's own evaluator cuts the kernels of grouped transposed convolutions wrongly.
+    (found,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(
+        None, {"columns": columns.numpy()}
+    )
+    expected = torch.nn.functional.fold(columns, image, block, **options).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_graph_without_it_is_left_alone():
+    model = _col2im([4, 4], [2, 2], 4, strides=[2, 2])
+    del model.graph.node[1]
+    assert expand_col2im(model) is model
+
+
+def _scaled(operator: str, factors: tuple[int, ...], kernel: int) -> onnx.ModelProto:
+    """Maps (batch,2,7,7) scaled by constants and convolved."""
+    rng = np.random.default_rng(0)
+    weights = [
+        numpy_helper.from_array(rng.uniform(1, 4, factors).astype(np.float32), "factors"),
+        numpy_helper.from_array(rng.standard_normal((1, 2, kernel, kernel)).astype(np.float32), "kernel"),
+    ]
+    make = helper.make_tensor_value_info
+    values = [make("maps", onnx.TensorProto.FLOAT, ["batch", 2, 7, 7]), make("out", onnx.TensorProto.FLOAT, ["batch", 1, 7, 7])]
+    nodes = [
+        helper.make_node(operator, ["maps", "factors"], ["scaled"], name="scale"),
+        helper.make_node("Conv", ["scaled", "kernel"], ["out"], name="convolve", pads=[kernel // 2] * 4),
+    ]
+    graph = helper.make_graph(nodes, "scale", values[:1], values[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+@pytest.mark.parametrize("factors", [(7, 7), (1, 2, 7, 7), ()])
+@pytest.mark.parametrize("operator", ["Mul", "Div"])
+@pytest.mark.parametrize("kernel", [7, 3])
+def test_openvino_keeps_a_scale_out_of_a_kernel_of_its_size(operator, factors, kernel):
+    model = _scaled(operator, factors, kernel)
+    maps = np.random.default_rng(1).standard_normal((2, 2, 7, 7)).astype(np.float32)
+    (expected,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"maps": maps})
+    rewritten = flatten_scales(model)
+    onnx.checker.check_model(rewritten, full_check=True)
+    assert (rewritten is not model) == (factors != () and kernel == 7)
+    compiled = ov.Core().compile_model(
+        ov.Core().read_model(rewritten.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    np.testing.assert_allclose(compiled({"maps": maps})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_products_of_tensors_and_other_scales_are_left_alone():
+    model = _scaled("Mul", (7, 7), 7)
+    model.graph.node.extend(
+        [helper.make_node("Mul", ["out", "out"], ["square"]), helper.make_node("Div", ["square", "factors"], ["end"])]
+    )
+    assert [node.op_type for node in flatten_scales(model).graph.node] == ["Reshape", "Mul", "Reshape", "Conv", "Mul", "Div"]
