@@ -30,6 +30,7 @@ from fofa_deploy.recovery import PREFIX, RecoveringTuner, RetrainedTuner
 from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
+from fofa_deploy.schema import differences
 from fofa_deploy.store import Store, write_atomic
 from fofa_deploy.tune import Evidence, Settings, Tuner, sensitivity
 from fofa_deploy.types import Graph, Status
@@ -317,17 +318,10 @@ def record_plan(store: Store, plan: RunPlan, force: bool) -> None:
     """
     path = store.root / PLAN
     if path.is_file() and not force and not store.untouched and (before := load_plan(str(path))) != plan:
-        changes = _differences(before.model_dump(), plan.model_dump())
+        changes = differences(before.model_dump(), plan.model_dump())
         action = "choose another --out, or --force to go on here: stages that the change does not touch are kept"
         raise PlanError(f"{store.root} was made from another plan: {'; '.join(changes)}", action)
     write_atomic(path, plan.model_dump_json(indent=1).encode())
-
-
-def _differences(before: object, after: object, where: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = sorted({*before, *after})
-        return [d for key in keys for d in _differences(before.get(key), after.get(key), f"{where}.{key}".lstrip("."))]
-    return [] if before == after else [f"{where} was {before!r}, is {after!r}"]
 
 
 @contextmanager

@@ -112,3 +112,11 @@ def _syntax_message(error: ValueError, text: str, source: str) -> str:
     lines = text.splitlines()
     quoted = f"\n  {place} | {lines[int(place) - 1].strip()[:100]}" if place.isdigit() and int(place) <= len(lines) else ""
     return f"{source} is not valid TOML: {error}{quoted}"
+
+
+def differences(before: object, after: object, where: str = "") -> list[str]:
+    """What differs between two nested tables, key by key."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = sorted({*before, *after})
+        return [d for key in keys for d in differences(before.get(key), after.get(key), f"{where}.{key}".lstrip("."))]
+    return [] if before == after else [f"{where} was {before!r}, is {after!r}"]
