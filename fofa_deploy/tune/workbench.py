@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fofa_deploy import environment
@@ -79,6 +79,8 @@ class Workbench:
     settings: Settings
     progress: Progress
     graph: Graph
+    known: dict[str, Path] = field(default_factory=dict)
+    """What has been observed already, by name."""
 
     def attempt(self, profile: HardwareProfile, recipe: Recipe, probe: Probe) -> TargetRow:
         """Build, prove, verify; what fails is a row with its reason."""
@@ -121,7 +123,7 @@ class Workbench:
             if not self.is_built(profile, recipe):
                 raise DataError("not built yet; fofa-deploy quantize builds it", "run fofa-deploy quantize first")
             return Artifact.load(self.store.existing(stage))
-        calibration = self._calibrated(recipe, probe)
+        calibration = self._calibrated(recipe)
         inputs = {
             "graph": self.graph.path,
             "sidecar": self.graph.sidecar,
@@ -140,7 +142,7 @@ class Workbench:
 
         return Artifact.load(self.store.run(stage, inputs, work))
 
-    def _calibrated(self, recipe: Recipe, probe: Probe) -> Calibration | None:
+    def _calibrated(self, recipe: Recipe) -> Calibration | None:
         """The images, with what has been found out on them that the recipe wants to know."""
         if not recipe.needs_calibration:
             return None
@@ -150,12 +152,14 @@ class Workbench:
         images = self.calibration / "images.npy"
         found = Calibration(images=images, preprocessing=sidecar.preprocessing, input_name=sidecar.input.name)
         for name in () if recipe.observes == "nothing" else OBSERVED:
-            found = found.model_copy(update={name: self._observed(name, found, probe)})
+            if name not in self.known:
+                self.known[name] = self._observed(name, found)
+            found = found.model_copy(update={name: self.known[name]})
             if name == recipe.observes:
                 break
         return found
 
-    def _observed(self, name: str, calibration: Calibration, probe: Probe) -> Path:
+    def _observed(self, name: str, calibration: Calibration) -> Path:
         versions = environment.package_versions(("numpy", "onnx", "onnxruntime"))
         inputs = {"graph": self.graph.path, "images": calibration.images, "sidecar": self.graph.sidecar, "versions": versions}
 
