@@ -78,15 +78,16 @@ class RecoveringTuner(Tuner):
         wanted = self.settings.recipe
         named = wanted is not None and wanted.startswith(PREFIX)
         rows = [] if named else super().search(profile, timed=timed)
-        if (named or (wanted is None and self._is_due(rows))) and self._retrained is not None:
+        if (named or (wanted is None and self._is_due(profile, rows))) and self._retrained is not None:
             rows += self._retrained.search(profile, timed=timed)
         return rows
 
-    def _is_due(self, rows: Sequence[TargetRow]) -> bool:
+    def _is_due(self, profile: HardwareProfile, rows: Sequence[TargetRow]) -> bool:
+        """Int8 that is slower than float in the short race was not tried, and nothing is missed by that."""
+        if self._when != "needed":
+            return self._when == "always" and Precision.INT8 in profile.precisions
         tried = {row.status for row in rows if row.artifact and self._recipe(row).precision is Precision.INT8}
-        if self._when == "needed":
-            return Status.REJECTED in tried and Status.VERIFIED not in tried
-        return self._when == "always" and bool(tried)
+        return Status.REJECTED in tried and Status.VERIFIED not in tried
 
     def _recipe(self, row: TargetRow) -> Recipe:
         return Artifact.load(self.root / str(row.artifact)).recipe

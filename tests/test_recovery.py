@@ -59,22 +59,11 @@ def finished(spread, tmp_path_factory):
     return out, compress_and_export(spread, out, Quiet())
 
 
-def test_training_recovers_what_quantization_lost(finished):
-    out, report = finished
-    precision = {row.recipe: Artifact.load(out / row.artifact).recipe.precision for row in report.targets}
-    rows = {row.recipe: row for row in report.targets}
-    before = {name: row for name, row in rows.items() if precision[name] == "int8" and not name.startswith(PREFIX)}
-    assert {name for name in rows if name.startswith(PREFIX)} == {f"{PREFIX}{name}" for name in before}
-    lost = [name for name, row in before.items() if row.status is Status.REJECTED]
-    assert lost
-    for name in lost:
-        after = rows[f"{PREFIX}{name}"]
-        assert after.status is Status.VERIFIED, after.reason
-        assert precision[after.recipe] == Precision.INT8
-        assert after.latency_ms is not None, "it competes"
-        assert after.validation.top1 > rows["fp32"].validation.top1 - 0.03 > before[name].validation.top1
-        assert after.validation.agreement > 0.97, "with the retrained student's own logits"
-    assert [epoch.epoch for epoch in report.curves["student-qat"]] == list(range(1, 11))
+def attempted(finished, spread, profile: HardwareProfile, recipe: str | None = None, **qat):
+    changed = spread.model_copy(update={"qat": spread.qat.model_copy(update=qat)})
+    with Store(finished[0]) as store:
+        run = Run(changed, store, Quiet())
+        return run.tuner(recipe, timed=False).attempt(profile), run.notices
 
 
 def test_a_finished_run_finds_its_artifacts_again(finished):
@@ -82,17 +71,33 @@ def test_a_finished_run_finds_its_artifacts_again(finished):
     with reopened(out, Quiet(), stored=True) as run:
         tuner = run.tuner(build=False, timed=False)
         rows = tuner.attempt(run.profiles[0])
-        assert {row.recipe: row.sha256 for row in rows} == {row.recipe: row.sha256 for row in report.targets}
+        found = {row.recipe: row.sha256 for row in rows}
+        assert {row.recipe: row.sha256 for row in report.targets if row.sha256}.items() <= found.items()
         golden = {row.recipe: tuner.candidate(run.profiles[0], row).golden.parent.name for row in rows}
         assert {name: folder for name, folder in golden.items() if name.startswith(PREFIX) == (folder == "graph")} == {}
-        assert [timing.stage for timing in run.store.timings if not timing.reused] == []
+        assert {timing.stage.partition("/")[0] for timing in run.store.timings if not timing.reused} <= {"verification"}
 
 
-def attempted(finished, spread, profile: HardwareProfile, recipe: str | None = None, **qat):
-    changed = spread.model_copy(update={"qat": spread.qat.model_copy(update=qat)})
-    with Store(finished[0]) as store:
-        run = Run(changed, store, Quiet())
-        return run.tuner(recipe, timed=False).attempt(profile), run.notices
+def test_training_recovers_what_quantization_lost(finished, spread):
+    tried, _ = attempted(finished, spread, find_profile("cpu-onnxruntime"))
+    rows = {row.recipe: row for row in tried}
+    lost = [row for name, row in rows.items() if name.startswith("int8") and row.status is Status.REJECTED]
+    retrained = {name: row for name, row in rows.items() if name.startswith(PREFIX)}
+    assert lost
+    assert {"int8-u8s7-per-channel", "int8-u8s8-per-channel-exact"} & {name.removeprefix(PREFIX) for name in retrained}
+    bar = rows["fp32"].validation.top1 - 0.03
+    assert max(row.validation.top1 for row in lost) < bar
+    for name, after in retrained.items():
+        assert after.status is Status.VERIFIED, after.reason
+        assert Artifact.load(finished[0] / after.artifact).recipe.precision == Precision.INT8, name
+        assert after.validation.top1 > bar
+        assert after.validation.agreement > 0.97, "with the retrained student's own logits"
+
+
+def test_retrained_recipes_compete_and_their_curve_is_told(finished):
+    _, report = finished
+    assert any(row.recipe.startswith(PREFIX) and row.latency_ms for row in report.targets)
+    assert [epoch.epoch for epoch in report.curves["student-qat"]] == list(range(1, 11))
 
 
 @pytest.mark.parametrize("when", ["never", "needed"])
@@ -123,7 +128,7 @@ def test_the_bar_is_the_student_before():
 
     def judged(top1: float) -> str:
         found = Comparison(samples=100, finite=True, top1=top1, agreement=1.0)
-        return accuracy_problem(Precision.INT8, Verification(golden=found, whole=found), budget, 0.99)
+        return accuracy_problem(Precision.INT8, Verification(golden=found, whole=found, expected_top1=0.99), budget)
 
     assert judged(0.88) == ""
     assert "below the floor of 88.00%" in judged(0.87)
