@@ -74,7 +74,8 @@ class Search:
     def _followers(self, kin: str, families: dict[str, list[Recipe]], rows: Sequence[TargetRow]) -> list[TargetRow]:
         """The families that come after one whose every recipe lost too much accuracy, up to the first that does not."""
         names = {recipe.name for recipe in families[kin]}
-        if {row.status for row in rows if row.recipe in names} != {Status.REJECTED}:
+        ends = {row.status for row in rows if row.recipe in names}
+        if Status.REJECTED not in ends or Status.VERIFIED in ends:
             return []
         found: list[TargetRow] = []
         for family in families.values():

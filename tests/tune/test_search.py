@@ -155,5 +155,11 @@ def test_mixed_precision_ends_with_the_first_share_that_suffices(store):
     assert "b-mixed50" not in rows
 
 
+def test_a_broken_relative_does_not_keep_mixed_precision_from_being_tried(store):
+    plan = [recipe("a", "a"), recipe("a+", "a"), recipe("a-mixed50", "a-mixed50", after="a"), recipe("b"), FP32]
+    rows = found(Bench(store, {"a-mixed50", "fp32"}, broken={"a+"}), race_of(a=1.0, b=9.0, fp32=5.0), plan)
+    assert (rows["a"], rows["a+"], rows["a-mixed50"]) == (Status.REJECTED, Status.FAILED, Status.VERIFIED)
+
+
 def test_a_recipe_asked_for_by_name_is_tried_whatever_it_comes_after(store):
     assert found(Bench(store, {"a-mixed80"}), race_of(), [MIXED[2]]) == {"a-mixed80": Status.VERIFIED}
