@@ -105,7 +105,7 @@ class Specimens(Zoo):
                 found = _verify(Path(folder), profile, Path(out))
             except FofaError as error:
                 return row.model_copy(update={"reason": error.message.splitlines()[0]})
-        problem = accuracy_problem(chosen.precision, found, AccuracyPlan(), None)
+        problem = accuracy_problem(chosen.precision, found, AccuracyPlan())
         status = Status.REJECTED if problem else Status.VERIFIED
         judged = {"status": status, "reason": problem, "golden": found.golden, "validation": found.whole}
         return row.model_copy(update=_facts(artifact) | judged)

@@ -159,6 +159,8 @@ def test_the_student_computes_what_its_artifact_will(tmp_path, make):
     graph, profile = Graph.load(tmp_path), find_profile("cpu-onnxruntime")
     backend = get_backend("onnxruntime")
     recipe = next(r for r in backend.recipes(profile, graph) if r.precision is Precision.INT8 and r.needs_calibration)
+    # Training imitates rounding; what is corrected after it is not its to imitate.
+    recipe = recipe.model_copy(update={"options": {**recipe.options, "bias_correction": False}})
     bits = 7 if recipe.options.get("seven_bit_weights") else 8
     (tmp_path / "out").mkdir()
     calibration = Calibration(images=tmp_path / "images.npy", preprocessing=known, input_name=graph.sidecar.input.name)
