@@ -29,7 +29,7 @@ MANY = 3
 """Families from which on a short race costs less than trying them all."""
 
 Race = Callable[[Sequence[Artifact]], list[float | None]]
-"""Median milliseconds of artifacts timed side by side; None for one that does not run."""
+"""Least milliseconds of artifacts timed side by side; None for one that does not run."""
 
 
 class Search:
@@ -86,7 +86,7 @@ class Search:
         return found
 
     def _speeds(self, race: Race, families: dict[str, list[Recipe]]) -> dict[str, float]:
-        """Median milliseconds by family, where it ran. Kept, as an aid for choosing and for nothing else: a run that is
+        """Least milliseconds by family, where it ran. Kept, as an aid for choosing and for nothing else: a run that is
         resumed takes the way that it has begun."""
         bench = self._bench
         built = {kin: artifact for kin, family in families.items() if (artifact := self._first_built(family))}
@@ -94,6 +94,7 @@ class Search:
             "artifacts": {kin: artifact.sha256 for kin, artifact in built.items()},
             "profile": self._profile,
             "lines": bench.settings.lines(self._profile)[0],
+            "figure": "least milliseconds",
             "machine": environment.describe().fingerprint,
         }
 
