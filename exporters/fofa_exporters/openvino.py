@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import TracebackType
@@ -53,26 +53,44 @@ _VIRTUAL_DEVICES = ("AUTO", "MULTI", "HETERO", "BATCH")
 
 
 class OpenVinoSession:
-    """One infer request on one device."""
+    """Infer requests on one device.
 
-    def __init__(self, compiled: Any) -> None:  # noqa: ANN401 - openvino is untyped
-        self._request = compiled.create_infer_request()
+    Args:
+        compile_for: gives the model compiled for one batch size, or, for None, for any.
+        fixed: batch sizes that get a model of their own when they are first seen: with all shapes known the plugin leaves out
+            what it does for shapes that may change. Verification's other batch sizes share one.
+    """
+
+    def __init__(self, compile_for: Callable[[int | None], Any], fixed: Collection[int] = ()) -> None:
+        self._compile_for, self._fixed = compile_for, fixed
+        self._requests: dict[int | None, Any] = {}
+        compiled = self._opened(next(iter(fixed), None))
         self._outputs = [output.get_any_name() for output in compiled.outputs]
         self.device: str = ",".join(compiled.get_property("EXECUTION_DEVICES"))
 
     def run(self, feeds: Feeds) -> Feeds:
+        batch = len(next(iter(feeds.values())))
+        size = batch if batch in self._fixed else None
         try:
-            results = self._request.infer(dict(feeds))
+            if size not in self._requests:
+                self._opened(size)
+            # The request reads the caller's arrays, and is done with them when it returns.
+            results = self._requests[size].infer(dict(feeds), share_inputs=True)
         except RuntimeError as error:
             raise BuildError(f"OpenVINO failed while running: {error}", "check the input's name, shape and type") from error
         # The request owns its output memory and writes into it again on the next run.
         return {name: np.array(results[name]) for name in self._outputs}
 
+    def _opened(self, size: int | None) -> Any:  # noqa: ANN401 - openvino is untyped
+        compiled = self._compile_for(size)
+        self._requests[size] = compiled.create_infer_request()
+        return compiled
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._request = None
+        self._requests = {}
 
 
 class OpenVinoBackend:
@@ -100,7 +118,7 @@ class OpenVinoBackend:
         try:
             model = _read(source, recipe, calibration)
             ov.save_model(model, main, compress_to_fp16=False)
-            layers = layer_table(_compile(main, recipe, threads=None))
+            layers = layer_table(_compile(main, recipe, threads=None, batch=1))
         except (RuntimeError, BackendError) as error:
             raise BuildError(f"OpenVINO cannot build {recipe.name}: {error}", "try another recipe") from error
         return Artifact.of(out, main, backend=self.name, recipe=recipe, graph=graph, layers=layers, versions=versions())
@@ -108,7 +126,9 @@ class OpenVinoBackend:
     def load(self, artifact: Artifact, profile: HardwareProfile) -> OpenVinoSession:
         recipe = _on(artifact.recipe, profile.device.name)
         try:
-            return OpenVinoSession(_compile(artifact.path, recipe, _threads(profile)))
+            return OpenVinoSession(
+                lambda batch: _compile(artifact.path, recipe, _threads(profile), batch), profile.execution.batch_sizes
+            )
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot load {artifact.path}: {error}", "build the artifact again") from error
 
@@ -122,11 +142,13 @@ class OpenVinoBackend:
 
     def open_file(self, found: ModelFile, profile: HardwareProfile) -> OpenVinoSession:
         found.check()
-        return OpenVinoSession(_compile_file(found.path, profile))
+        compiled = _compile_file(found.path, profile)
+        return OpenVinoSession(lambda _: compiled)
 
     def layer_times(self, artifact: Artifact, profile: HardwareProfile, feeds: Feeds, runs: int) -> tuple[LayerTime, ...]:
         recipe = _on(artifact.recipe, profile.device.name)
-        request = _compile(artifact.path, recipe, _threads(profile), PERF_COUNT=True).create_infer_request()
+        batch = len(next(iter(feeds.values())))
+        request = _compile(artifact.path, recipe, _threads(profile), batch, PERF_COUNT=True).create_infer_request()
         request.infer(dict(feeds))
         counted = []
         for _ in range(runs):
@@ -212,14 +234,14 @@ def _capabilities(device: str) -> set[Precision]:
     return {spelled[name] for name in ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES") if name in spelled}
 
 
-def _compile(path: Path, recipe: Recipe, threads: int | None, **more: bool) -> Any:  # noqa: ANN401 - openvino is untyped
-    """Compile for exactly the recipe's device and precision.
+def _compile(path: Path, recipe: Recipe, threads: int | None, batch: int | None, **more: bool) -> Any:  # noqa: ANN401
+    """Compile for exactly the recipe's device and precision, and for one batch size or, with None, for any.
 
     Raises:
         BackendError: the device is missing, or OpenVINO chose another device or precision.
     """
     device, wanted = str(recipe.options["device"]), HINTS[Precision(str(recipe.options["inference_precision"]))]
-    compiled = _compile_on(device, path, threads, INFERENCE_PRECISION_HINT=wanted, **more)
+    compiled = _compile_on(device, path, threads, batch, INFERENCE_PRECISION_HINT=wanted, **more)
     runs_in = compiled.get_property("INFERENCE_PRECISION_HINT")
     if runs_in != wanted:
         reason = f"{device} runs {runs_in.to_string()} where {wanted.to_string()} was asked for"
@@ -227,7 +249,7 @@ def _compile(path: Path, recipe: Recipe, threads: int | None, **more: bool) -> A
     return compiled
 
 
-def _compile_on(device: str, path: Path, threads: int | None, **more: object) -> Any:  # noqa: ANN401
+def _compile_on(device: str, path: Path, threads: int | None, batch: int | None = None, **more: object) -> Any:  # noqa: ANN401
     """Raises: BackendError: the device is missing, or OpenVINO chose another one."""
     if reason := _refusal(device):
         raise BackendError(reason, "name a device that `fofa-deploy doctor` lists")
@@ -236,11 +258,20 @@ def _compile_on(device: str, path: Path, threads: int | None, **more: object) ->
         config["INFERENCE_NUM_THREADS"] = threads
     if device == "CPU":
         config[RUNTIME_CACHE] = 0
-    compiled = ov.Core().compile_model(path, device, config)
+    core = ov.Core()
+    compiled = core.compile_model(path if batch is None else _sized(core.read_model(path), batch), device, config)
     bound = compiled.get_property("EXECUTION_DEVICES")
     if any(name.split(".")[0] != device.split(".")[0] for name in bound):
         raise BackendError(f"OpenVINO bound {bound} and not {device}", "check the device's driver")
     return compiled
+
+
+def _sized(model: Any, batch: int) -> Any:  # noqa: ANN401
+    """A model of one input, for one batch size."""
+    shape = model.input().get_partial_shape()
+    shape[0] = batch
+    model.reshape(shape)
+    return model
 
 
 def _compile_file(path: Path, profile: HardwareProfile) -> Any:  # noqa: ANN401

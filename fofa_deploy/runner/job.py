@@ -128,7 +128,8 @@ def measure_line(folder: Path, job: dict[str, Any], number: int) -> dict[str, An
 
     golden, images, threads = _asked(folder, job, number)
     started = time.perf_counter_ns()
-    device, run = OPENERS[job["runtime"]](job, folder / (ENGINE if _builds_here(job) else job["main"]), threads)
+    model = folder / (ENGINE if _builds_here(job) else job["main"])
+    device, run = OPENERS[job["runtime"]](job, model, threads, len(images))
     loaded = time.perf_counter_ns()
     (first,) = timed(lambda: run(images).item(0), 1)
     meter = Meter.beside(device, job["device_name"])

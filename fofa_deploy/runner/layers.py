@@ -31,7 +31,7 @@ def _onnxruntime(job: dict[str, Any], path: Path, threads: int, images: Any) -> 
 
 
 def _openvino(job: dict[str, Any], path: Path, threads: int, images: Any) -> Times:  # noqa: ANN401
-    request = openvino_model(job, path, threads, PERF_COUNT=True).create_infer_request()
+    request = openvino_model(job, path, threads, len(images), PERF_COUNT=True).create_infer_request()
     request.infer({job["input"]: images})
     for _ in range(RUNS):
         request.infer({job["input"]: images})
