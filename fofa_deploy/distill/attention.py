@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fofa_deploy.distill.prompts import resize
+from fofa_deploy.distill.grids import resize
 
 
 class RegionEmbedding(nn.Module):

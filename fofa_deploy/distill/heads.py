@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fofa_deploy.distill import parallel
-from fofa_deploy.distill.prompts import resize
+from fofa_deploy.distill.grids import resize
 
 
 class Projector(nn.Sequential):
@@ -34,20 +34,23 @@ class Sketch(nn.Module):
             return embedding.float() @ self.basis
 
 
+SETTLED = 100
+"""Batches of which teacher features are known well enough: what comes later would move the target and cost a pass over it."""
+
+
 class Standardizer(nn.Module):
-    """Teacher features (B, C, H, W) per channel by running statistics of the *plain* teacher.
+    """Teacher features (B, C, H, W) per channel by statistics of the *plain* teacher.
 
     Prompted features go through the same statistics, so that prompts cannot win by shrinking what is compared.
-    The statistics are the exact average of all batches at first, then an exponential one; they are in the checkpoint.
+    The statistics are the exact ones of the first `SETTLED` batches, and fixed from then on; they are in the checkpoint.
     """
 
     mean: Tensor
     variance: Tensor
     batches: Tensor
 
-    def __init__(self, channels: int, momentum: float = 0.01) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.momentum = momentum
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("variance", torch.ones(channels))
         self.register_buffer("batches", torch.zeros(()))
@@ -55,9 +58,11 @@ class Standardizer(nn.Module):
     @torch.no_grad()
     def update(self, plain: Tensor) -> None:
         """Merge a batch of plain-teacher features (B, C, H, W), of all processes, into the statistics."""
+        if int(self.batches) >= SETTLED:
+            return
         variance, mean = parallel.var_mean(plain.float(), dim=(0, 2, 3))
         self.batches += 1
-        share = (1 / self.batches).clamp_min(self.momentum)
+        share = 1 / self.batches
         shift = mean - self.mean
         self.mean += share * shift
         # Variance of a mixture: it includes what lies between the two means.
@@ -67,7 +72,8 @@ class Standardizer(nn.Module):
         # The floor is relative: dead channels stay small whatever the stage's scale.
         floor = 1e-4 * self.variance.mean() + 1e-12
         scale = torch.rsqrt(self.variance + floor)
-        return (features.float() - self.mean[:, None, None]) * scale[:, None, None]
+        shift = -self.mean * scale
+        return torch.addcmul(shift[:, None, None], features.float(), scale[:, None, None])
 
 
 class Regressor(nn.Module):

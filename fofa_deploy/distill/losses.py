@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-_POOLS = ((4, 1 / 2), (2, 1 / 4), (1, 1 / 8))
+from fofa_deploy.distill.grids import pool
+
+_POOLS = {4: 1 / 2, 2: 1 / 4, 1: 1 / 8}
 
 
 def hierarchical_context_loss(student: Tensor, teacher: Tensor, emphasis: Tensor | None = None) -> Tensor:
@@ -18,12 +20,14 @@ def hierarchical_context_loss(student: Tensor, teacher: Tensor, emphasis: Tensor
     gap = student.float() - teacher.float()
     if emphasis is not None:
         gap = gap * emphasis.sqrt()
-    loss, total = gap.square().mean(), 1.0
-    for size, weight in _POOLS:
-        if size < min(gap.shape[-2:]):
-            loss = loss + weight * functional.adaptive_avg_pool2d(gap, size).square().mean()
-            total += weight
-    return loss / total
+    loss = gap.square().mean()
+    sides = [side for side in _POOLS if side < min(gap.shape[-2:])]
+    if not sides:
+        return loss
+    squares = pool(gap, sides).square().mean(dim=(0, 1))
+    # Each cell's part in the mean over its pooling.
+    weights = torch.cat([squares.new_full((side * side,), _POOLS[side] / side**2) for side in sides])
+    return (loss + (squares * weights).sum()) / (1 + sum(_POOLS[side] for side in sides))
 
 
 def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:

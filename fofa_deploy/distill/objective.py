@@ -16,9 +16,9 @@ from torch.nn import functional
 from fofa_deploy.config import DistillPlan
 from fofa_deploy.distill.balance import GradientBalance
 from fofa_deploy.distill.fofa import FeatureBranch
+from fofa_deploy.distill.grids import resize
 from fofa_deploy.distill.lesson import Lesson, Term
 from fofa_deploy.distill.losses import divergence
-from fofa_deploy.distill.prompts import resize
 from fofa_deploy.distill.replay import Prefix
 from fofa_deploy.distill.tapped import Features, Prompt, TappedModel
 from fofa_deploy.distill.terms import TERMS

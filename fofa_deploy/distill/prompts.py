@@ -7,19 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from fofa_deploy.distill.grids import resize
 
 Fusion = Literal["dense", "depthwise"]
-
-
-def resize(grid: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear, antialiased where it shrinks: (B, C, H, W) -> (B, C, *size)."""
-    if tuple(grid.shape[-2:]) == tuple(size):
-        return grid
-    shrinks = size[0] < grid.shape[-2] or size[1] < grid.shape[-1]
-    # In float32: the antialiased kernel has no bf16 on the CPU.
-    resized = functional.interpolate(grid.float(), size=size, mode="bilinear", align_corners=False, antialias=shrinks)
-    return resized.to(grid.dtype)
 
 
 def _pointwise(inputs: int, outputs: int, groups: int = 1) -> nn.Conv2d:

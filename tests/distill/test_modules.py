@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional
 
 from fofa_deploy.distill.attention import Aligner, RegionAwareAttention
-from fofa_deploy.distill.heads import Projector, Standardizer
+from fofa_deploy.distill.grids import FEW, pool, resize
+from fofa_deploy.distill.heads import SETTLED, Projector, Standardizer
 from fofa_deploy.distill.losses import divergence, hierarchical_context_loss, redundancy_loss
-from fofa_deploy.distill.prompts import PromptBlock, SqueezeExcite, resize
+from fofa_deploy.distill.prompts import PromptBlock, SqueezeExcite
 
 SHAPES = [(6, 8, 8), (10, 7, 5), (3, 1, 2)]
 
@@ -159,6 +160,29 @@ def test_aligners_commute_with_resizing(size):
     assert torch.allclose(aligner(tokens, size), aligner.project(resize(grid, size)), atol=1e-6)
 
 
+# --- grids
+
+
+@pytest.mark.parametrize("before", [(4, 4), (2, 3), (8, 8), (8, 9)])
+@pytest.mark.parametrize("size", [(4, 4), (8, 9), (9, 9), (16, 16), (7, 5), (1, 1)])
+def test_resizing_is_interpolation(before, size):
+    one, other = (torch.randn(2, 3, *before, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    shrinks = size[0] < before[0] or size[1] < before[1]
+    expected = functional.interpolate(other, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    assert torch.allclose(resize(one, size), expected, atol=1e-6)
+    resize(one, size).square().sum().backward()
+    expected.square().sum().backward()
+    assert torch.allclose(one.grad, other.grad, atol=1e-5)
+    assert (before == (8, 9)) == (before[0] * before[1] > FEW), "both ways are tried"
+
+
+@pytest.mark.parametrize("size", [(16, 16), (7, 7), (5, 9)])
+def test_pooling_is_adaptive_average_pooling(size):
+    grid = torch.randn(2, 3, *size)
+    expected = torch.cat([functional.adaptive_avg_pool2d(grid, side).flatten(2) for side in (4, 2, 1)], dim=2)
+    assert torch.allclose(pool(grid, (4, 2, 1)), expected, atol=1e-6)
+
+
 # --- losses
 
 
@@ -239,6 +263,15 @@ def test_statistics_are_those_of_all_batches_pooled():
     standardized = scale(data)
     assert standardized.mean().abs() < 1e-3
     assert standardized.std().item() == pytest.approx(1, abs=0.01)
+
+
+def test_statistics_settle():
+    scale = Standardizer(3)
+    for _ in range(SETTLED):
+        scale.update(torch.randn(4, 3, 2, 2))
+    settled = copy.deepcopy(scale.state_dict())
+    scale.update(100 + torch.randn(4, 3, 2, 2))
+    assert all(torch.equal(value, settled[key]) for key, value in scale.state_dict().items())
 
 
 def test_standardizing_neither_learns_nor_updates_by_itself():
