@@ -1,7 +1,9 @@
 """What a training step costs beside a step of plain KD: all forms interleaved in one run, memory in processes of their own.
 
 python benchmarks/distill-cost/run.py                 # both pairs at 224 px, batch 8; writes results.json and README.md
-python benchmarks/distill-cost/run.py --quick         # 64 px, two rounds: printed, not recorded
+python benchmarks/distill-cost/run.py --quick         # 64 px, four rounds: printed, not recorded
+
+Every round is recorded as it ends: interrupt at will, run again. --again forgets what is recorded.
 
 Random weights: time and memory do not depend on what a model knows.
 """
@@ -13,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -24,11 +27,13 @@ import torch
 
 from fofa_deploy.config import DistillPlan
 from fofa_deploy.distill.balance import INTERVAL
+from fofa_deploy.distill.heads import SETTLED, Standardizer
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.environment import describe
 from fofa_deploy.measure import peak_rss_bytes
 from fofa_deploy.progress import Terminal
+from fofa_deploy.store import write_atomic
 
 HERE = Path(__file__).parent
 PAIRS = {
@@ -93,6 +98,9 @@ class Stepper:
         student = tap(_model(student_name, side), (3, side, side))
         teacher = None if plan.method == "none" else tap(_model(teacher_name, side), (3, side, side))
         self._objective = Objective(student, teacher, plan).train()
+        for module in self._objective.modules():
+            if isinstance(module, Standardizer):  # as on all but the first steps of a training
+                module.batches.fill_(SETTLED)
         self._optimizer = torch.optim.AdamW(self._objective.parameter_groups(1e-4, 0.05))
         self._batch = torch.randn(BATCH, 3, side, side), torch.arange(BATCH) % CLASSES
 
@@ -123,27 +131,31 @@ class Timings:
 
     def typical(self, form: Form) -> float:
         """Median step; the mean of the medians where there are several kinds, in the share that each has of all steps."""
-        ordinary = mean(median(self.steps[start :: form.every]) for start in range(form.every))
+        ordinary = mean(median(self.steps[start :: form.every] or self.steps) for start in range(form.every))
         return ordinary + (median(self.measuring) - ordinary) / INTERVAL if self.measuring else ordinary
 
 
-def time_pair(pair: str, side: int, rounds: int, progress: Terminal) -> dict[str, Timings]:
-    """Every form's steps; each round visits all forms in an order of its own."""
+def time_pair(pair: str, side: int, rounds: int, done: dict[str, Timings], progress: Terminal) -> Iterator[dict[str, Timings]]:
+    """Every form's steps after each round, going on from ``done``; a round visits all forms in an order of its own."""
+    timings = {form: done.get(form.name) or Timings([], []) for form in FORMS}
+    before = min(len(timing.steps) for timing in timings.values())
+    if before >= rounds:
+        return
     steppers = {form: Stepper(pair, form, side) for form in FORMS}
-    timings = {form: Timings([], []) for form in FORMS}
-    for stepper in steppers.values():
+    for form, stepper in steppers.items():
         stepper.step(measuring=True)  # memory, lazy parts
-        stepper.step()
-    rng, order = random.Random(0), list(FORMS)
-    with progress.task(pair, rounds) as task:
-        for _ in range(rounds):
-            rng.shuffle(order)
+        for _ in range(1 + before % form.every):  # kinds of step come in turns: go on where the last process stopped
+            stepper.step()
+    with progress.task(pair, rounds, before) as task:
+        for number in range(before, rounds):
+            order = list(FORMS)
+            random.Random(number).shuffle(order)
             for form in order:
                 timings[form].steps.append(steppers[form].step())
                 if form.balanced:
                     timings[form].measuring.append(steppers[form].step(measuring=True))
             task.advance()
-    return {form.name: timing for form, timing in timings.items()}
+            yield {form.name: timing for form, timing in timings.items()}
 
 
 def _memory(pair: str, form: Form, side: int) -> int:
@@ -163,50 +175,81 @@ def _print_memory(pair: str, name: str, side: int) -> None:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="64 px, two rounds: printed, not recorded.")
+@click.option("--quick", is_flag=True, help="64 px, four rounds: printed, not recorded.")
+@click.option("--again", is_flag=True, help="Forget what is recorded.")
 @click.option("--rounds", default=12, show_default=True)
 @click.option("--side", default=224, show_default=True, help="Pixels.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--pair", type=click.Choice(list(PAIRS)), help="Only this pair.")
 @click.option("--memory-of", hidden=True)
-def main(quick: bool, rounds: int, side: int, threads: int, pair: str | None, memory_of: str | None) -> None:
+def main(quick: bool, again: bool, rounds: int, side: int, threads: int, pair: str | None, memory_of: str | None) -> None:
     """Time and weigh every form."""
     torch.set_num_threads(threads)
     if memory_of:
         _print_memory(pair or next(iter(PAIRS)), memory_of, side)
         return
     side, rounds = (64, 4) if quick else (side, rounds)
-    tables = {}
+    record = Record({"side": side, "batch": BATCH, "threads": threads}, None if quick else HERE / "results.json", again)
     for name in [pair] if pair else PAIRS:
-        timings = time_pair(name, side, rounds, Terminal())
-        tables[name] = {
-            form.name: {
-                "seconds": timings[form.name].typical(form),
-                "bytes": _memory(name, form, side),
-                "steps": timings[form.name].steps,
-                "measuring_steps": timings[form.name].measuring,
-            }
-            for form in FORMS
-        }
-    result = {
-        "side": side, "batch": BATCH, "threads": threads, "rounds": rounds,
-        "environment": describe().model_dump(mode="json"), "pairs": tables,
-    }  # fmt: skip
-    if quick or pair:
-        click.echo(page(result))
+        _fill(record, name, side, rounds)
+    if quick:
+        click.echo(page(record.result))
         return
-    (HERE / "results.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    (HERE / "README.md").write_text(page(result))
+    (HERE / "README.md").write_text(page(record.result))
+
+
+class Record:
+    """results.json as it grows; begun anew where the conditions, or the code that is timed, are others.
+
+    Args:
+        file: None keeps nothing.
+    """
+
+    def __init__(self, conditions: dict[str, Any], file: Path | None, again: bool) -> None:
+        place = describe()
+        conditions |= {"forms": [form.name for form in FORMS], "machine": place.fingerprint}
+        known = json.loads(file.read_text()) if file and file.is_file() and not again else {}
+        same = known.get("conditions") == conditions
+        fresh = {"conditions": conditions, "environment": place.model_dump(mode="json"), "pairs": {}}
+        self.result: dict[str, Any] = known if same else fresh
+        self._file = file
+
+    def rows(self, pair: str) -> dict[str, dict[str, Any]]:
+        found: dict[str, dict[str, Any]] = self.result["pairs"].setdefault(pair, {})
+        return found
+
+    def save(self) -> None:
+        if self._file:
+            write_atomic(self._file, (json.dumps(self.result, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _fill(record: Record, pair: str, side: int, rounds: int) -> None:
+    rows = record.rows(pair)
+    done = {name: Timings(row["steps"], row["measuring_steps"]) for name, row in rows.items()}
+    for timings in time_pair(pair, side, rounds, done, Terminal()):
+        for form in FORMS:
+            timing = timings[form.name]
+            told = {"seconds": timing.typical(form), "steps": timing.steps, "measuring_steps": timing.measuring}
+            rows[form.name] = rows.get(form.name, {}) | told
+        record.save()
+    with Terminal().task(f"memory, {pair}", len(FORMS)) as task:
+        for form in FORMS:
+            if "bytes" not in rows[form.name]:
+                rows[form.name]["bytes"] = _memory(pair, form, side)
+                record.save()
+            task.advance()
 
 
 def page(result: dict) -> str:
     """The table and what became of the goals, as Markdown."""
-    cpu = result["environment"]["cpu"]
+    cpu, told = result["environment"]["cpu"], result["conditions"]
+    rounds = min(len(row["steps"]) for rows in result["pairs"].values() for row in rows.values())
     lines = [
         "# What a step costs",
         "",
-        f"Written by `python benchmarks/distill-cost/run.py`. {result['side']} px, batch {result['batch']}, fp32, "
-        f"{result['threads']} threads, {cpu}; median of {result['rounds']} interleaved rounds. Only the factors mean anything.",
+        f"Written by `python benchmarks/distill-cost/run.py`. {told['side']} px, batch {told['batch']}, fp32, "
+        f"{told['threads']} threads, {cpu}; median of {rounds} interleaved rounds, statistics of the teacher settled. "
+        "Only the factors mean anything.",
         "",
     ]
     for pair, rows in result["pairs"].items():

@@ -12,7 +12,7 @@ import study
 from scipy import stats
 
 HERE = Path(__file__).parent
-DEFAULT, FORM_REFERENCE = "FOFA (default)", "no feedback"
+FORM_REFERENCE = "no feedback"
 Block = tuple[str, int]
 """What two methods have in common when they are compared: pair and seed."""
 
@@ -40,10 +40,12 @@ def _teachers(lines: Iterable[dict]) -> list[str]:
 
 
 def _latest(lines: Iterable[dict], phase: str, regime: str, score: str) -> dict[str, dict[Block, float]]:
-    """method -> (pair, seed) -> accuracy, of the full schedule."""
+    """method -> (pair, seed) -> accuracy, of the full schedule or of equal compute."""
+    longer = {method.name for method in study.LONGER}
     found: dict[str, dict[Block, float]] = defaultdict(dict)
     for line in lines:
-        if line["phase"] == phase and line["regime"] == regime and line["epochs"] == study.REGIMES[regime].epochs:
+        full = line.get("method") in longer or line.get("epochs") == study.REGIMES[regime].epochs
+        if line["phase"] == phase and line["regime"] == regime and full:
             found[line["method"]][line["pair"], line["seed"]] = line[score]
     return found
 
@@ -51,7 +53,7 @@ def _latest(lines: Iterable[dict], phase: str, regime: str, score: str) -> dict[
 def _comparison(scores: dict[str, dict[Block, float]], regime: str) -> list[str]:
     if not scores:
         return []
-    named = [method.name for method in (*study.METHODS, *study.ABLATIONS) if method.name in scores]
+    named = [method.name for method in (*study.METHODS, *study.LONGER, *study.ABLATIONS) if method.name in scores]
     pairs = [pair.name for pair in study.PAIRS if any(pair.name == key[0] for found in scores.values() for key in found)]
     draw(scores, named, pairs, HERE / f"methods-{regime}.svg")
     return [
@@ -59,7 +61,7 @@ def _comparison(scores: dict[str, dict[Block, float]], regime: str) -> list[str]
         "",
         f"![mean and standard deviation over seeds](methods-{regime}.svg)",
         "",
-        *_table(scores, named, pairs, DEFAULT),
+        *_table(scores, named, pairs, study.DEFAULT),
     ]
 
 
@@ -165,7 +167,7 @@ def draw(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[st
             values = [100 * value for key, value in scores[name].items() if key[0] == pair]
             if values:
                 spread = stdev(values) if len(values) > 1 else 0.0
-                colour = "C1" if name == DEFAULT else "C0"
+                colour = "C1" if name == study.DEFAULT else "C0"
                 panel.errorbar(mean(values), row, xerr=spread, fmt="o", color=colour, capsize=3)
         panel.set_title(pair, fontsize=10)
         panel.set_yticks(range(len(named)), named)

@@ -154,8 +154,22 @@ def compare(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]
     lines = recorded()
     for seed in range(seeds):
         for pair in study.PAIRS:
-            for method in (*study.METHODS, *study.ABLATIONS):
-                yield Training("compare", regime, pair, method, _tuned(method, regime, lines), seed, epochs)
+            for method in (*study.METHODS, *study.ABLATIONS, *study.LONGER):
+                length = _equal_compute(method, regime, pair, epochs) if method.longer else epochs
+                if length is not None:
+                    yield Training("compare", regime, pair, method, _tuned(method, regime, lines), seed, length)
+
+
+def _equal_compute(method: study.Method, regime: study.Regime, pair: study.Pair, epochs: int) -> int | None:
+    """Epochs that take the method as long as the default plan, by what both took with the first seed; None before that."""
+    seconds = {
+        line["method"]: line["seconds"]
+        for line in recorded()
+        if line["phase"] == "compare" and (line["regime"], line["pair"], line["seed"]) == (regime.name, pair.name, 0)
+    }
+    if not {method.tuned_as, study.DEFAULT} <= seconds.keys():
+        return None
+    return round(epochs * max(1.0, seconds[study.DEFAULT] / seconds[method.tuned_as]))
 
 
 def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int:
@@ -170,7 +184,7 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
             for line in lines
             if line["phase"] == "tune"
             and line["regime"] == regime.name
-            and line["method"] == method.name
+            and line["method"] == method.tuned_as
             and line["plan"] == wanted
         ]
         if len(found) != len(study.PAIRS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fofa_deploy.config import DataPlan, DistillPlan, ModelPlan, TeacherPlan, TrainPlan
@@ -46,8 +46,15 @@ class Method:
     name: str
     plan: Settings
     choices: tuple[Settings, ...] = field(default=({},))
+    longer: bool = False
+    """Trained for as many seconds as the default plan, not for as many steps."""
+
+    @property
+    def tuned_as(self) -> str:
+        return self.name.removesuffix(EQUAL)
 
 
+DEFAULT, EQUAL = "FOFA (default)", ", equal compute"
 FOFA = {"width": 64, "heads": 4, "stages": 4}
 
 
@@ -69,9 +76,14 @@ METHODS = (
     Method("FitNet", {"method": "fitnet", "balance": "fixed"}, _weights("fitnet", 0.1, 1.0, 10.0)),
     Method("OFA", {"method": "ofa", "balance": "fixed"}, tuple({"ofa_gamma": value} for value in (1.0, 1.5, 2.0))),
     Method("RSD", {"method": "rsd", "balance": "fixed"}, _weights("rsd", 0.5, 1.0, 2.0)),
-    _fofa("FOFA (default)"),
+    _fofa(DEFAULT),
 )
 """The table. The default plan of this project is one for all pairs; the others choose."""
+
+LONGER = tuple(
+    replace(method, name=f"{method.name}{EQUAL}", longer=True) for method in METHODS if method.name in ("alone", "KD", "RSD")
+)
+"""At their tuned settings. What they gain by it is what a dearer method has to be worth."""
 
 LATE = {"prompted_stages": [3]}
 ALL = {"prompted_stages": [1, 2, 3, 4]}
