@@ -70,6 +70,11 @@ class ModelPlan(Frozen):
     checkpoint: Path | None = Field(default=None, description="safetensors, or a .pt of plain tensors; loaded strictly")
     pretrained: bool = Field(default=False, description="timm's own weights, from its hub")
     taps: tuple[str, ...] = Field(default=(), description="module names to take features from; timm models declare their own")
+    prune: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0,
+        exclude_if=lambda share: share == 0,  # plans without it are what they were, and so are their stages' keys
+        description="share of channels taken out of every layer, the weakest first, before training; docs/compression.md",
+    )
 
     @property
     def has_weights(self) -> bool:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fofa_deploy.config import ModelPlan
 from fofa_deploy.errors import ModelError
+from fofa_deploy.prune import prune
+from fofa_deploy.timm_entry import create
 
 MOST_TENSORS = 20_000
 
@@ -22,8 +24,10 @@ MOST_TENSORS = 20_000
 def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
     """The plan's network for ``classes`` logits and images (B,channels,H,W), with its checkpoint if it names one.
 
+    It is pruned last, by the weights that it came with.
+
     Raises:
-        ModelError: no such model, arguments it does not take, or weights that do not fit.
+        ModelError: no such model, arguments it does not take, weights that do not fit, or it cannot be pruned.
     """
     kind, _, name = plan.model.partition(":")
     try:
@@ -35,6 +39,8 @@ def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[
         raise ModelError(f"{plan.model} cannot be made: {error}", "check the model's arguments and data.image_size") from error
     if plan.checkpoint:
         load_weights(model, plan.checkpoint)
+    if plan.prune:
+        prune(model, plan.prune, (channels, *image_size), plan.model)
     return model
 
 
@@ -44,9 +50,8 @@ def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_s
     _check_timm(name)
     config = timm.get_pretrained_cfg(name)
     fixed: dict[str, Any] = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
-    arguments = {**fixed, **plan.arguments}
-    model: nn.Module = timm.create_model(name, pretrained=plan.pretrained, num_classes=classes, in_chans=channels, **arguments)
-    return model
+    options = {"pretrained": plan.pretrained, "num_classes": classes, "in_chans": channels}
+    return create(name, {**fixed, **plan.arguments}, **options)
 
 
 def _check_timm(name: str) -> None:
@@ -72,11 +77,15 @@ def _resolve(reference: str) -> Any:  # noqa: ANN401 - the user's callable
 
 
 def code_identity(plan: ModelPlan) -> object:
-    """What defines the model beside its plan: timm's version, or the file of the user's own module."""
+    """What defines the model beside its plan: timm's version, or the file of the user's own module; and what prunes it."""
     kind, _, _ = plan.model.partition(":")
-    if kind == "timm":
-        return version("timm")
-    _resolve(plan.model)
+    found: object = version("timm") if kind == "timm" else _source(plan.model)
+    return [found, version("torch-pruning")] if plan.prune else found
+
+
+def _source(reference: str) -> Path | str:
+    _resolve(reference)
+    kind, _, _ = reference.partition(":")
     origin = getattr(sys.modules[kind], "__file__", None)
     return Path(origin) if origin else kind
 

@@ -190,7 +190,7 @@ class Run:
 
     def _model_inputs(self, plan: ModelPlan, folder: Path) -> dict[str, object]:
         """All that decides a trained model's outputs."""
-        made_of = {"model": plan.model, "arguments": plan.arguments, "code": code_identity(plan)}
+        made_of = {"model": plan.model, "arguments": plan.arguments, "code": code_identity(plan), **_pruned(plan)}
         return {"weights": folder / WEIGHTS, "model": made_of, "preprocessing": preprocessing(self.plan.data)}
 
     @cached_property
@@ -307,7 +307,12 @@ class Run:
 
 def _taught(plan: ModelPlan, folder: Path) -> dict[str, object]:
     """All that decides what a teacher teaches."""
-    return {"weights": folder / WEIGHTS, "taps": plan.taps, "code": code_identity(plan)}
+    return {"weights": folder / WEIGHTS, "taps": plan.taps, "code": code_identity(plan), **_pruned(plan)}
+
+
+def _pruned(plan: ModelPlan) -> dict[str, object]:
+    """Part of what decides a model's outputs where it is pruned; absent where not, as in runs from before there was pruning."""
+    return {"prune": plan.prune} if plan.prune else {}
 
 
 def record_plan(store: Store, plan: RunPlan, force: bool) -> None:

@@ -73,12 +73,18 @@ def canonical(value: object) -> object:
         case Path():
             return {"sha256": digest_file(value)} if value.is_file() else digest_tree(value)
         case BaseModel():
-            return {name: canonical(getattr(value, name)) for name in type(value).model_fields}
+            return {name: canonical(item) for name, item in value if not _excluded(value, name, item)}
         case Mapping():
             return {_string_key(k): canonical(v) for k, v in value.items()}
         case list() | tuple():
             return [canonical(item) for item in value]
     raise TypeError(f"a {type(value).__name__} cannot be part of a stage's key")
+
+
+def _excluded(value: BaseModel, name: str, item: object) -> bool:
+    """Whether a field says that this value of it changes nothing: what is new in a plan leaves the keys of older ones alone."""
+    condition = type(value).model_fields[name].exclude_if
+    return condition is not None and condition(item)
 
 
 def _string_key(key: object) -> str:

@@ -20,13 +20,13 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 ORDER = """
     errors mistakes progress runner
     types schema isolate
-    results backend profile
+    results backend profile prune timm_entry
     config store metrics serving
     environment verify measure data models
     roofline
     layers
     diagnosis judge inference report
-    distill capture tune gate
+    distill capture tune gate select
     files
     remote recovery
     adopt pipeline
@@ -35,7 +35,7 @@ ORDER = """
 LINES = [line.split() for line in ORDER.strip().splitlines()]
 RANK = {part: number for number, line in enumerate(LINES) for part in line}
 
-TORCH = {"models", "inference", "capture", "distill"}
+TORCH = {"models", "inference", "capture", "distill", "prune", "timm_entry"}
 FRAMEWORKS = {"torch", "timm", "torchvision", "accelerate"}
 LAZY_TIMM = {"data"}  # timm.data opens data sets, inside one function
 PARTS = "__init__ observed prepare ranges recipes recover scheme sensitivity statistics writer"

@@ -1,0 +1,1 @@
+"""Which student fits this hardware."""
