@@ -26,8 +26,8 @@ ORDER = """
     roofline
     layers
     diagnosis judge inference report
-    distill capture tune gate select
-    files
+    distill capture tune gate
+    files select
     remote recovery
     adopt pipeline
     cli

@@ -25,7 +25,7 @@ class Setting(Frozen):
     """All that decides a candidate's latency."""
 
     fingerprint: str = Field(description="of the device, environment.describe().fingerprint or the remote's")
-    graph: str = Field(description="digest of the captured graph's structure; weights do not decide a latency")
+    graph: str = Field(description="digest of the captured graph, whose random weights follow from the seed")
     recipe: str
     profile: str = Field(description="digest of the hardware profile")
     batch: PositiveInt = 1
