@@ -1,1 +1,1 @@
-"""Which student fits this hardware."""
+"""Which student fits this hardware: candidates, their figures on the target, and where their learning curves lead."""
