@@ -6,10 +6,13 @@ Every comparison is written so that a missing figure, or one that is not a numbe
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from fofa_deploy.config import AccuracyPlan
-from fofa_deploy.results import Comparison, TargetRow
-from fofa_deploy.types import Artifact, Budget, Precision
+from fofa_deploy.config import AccuracyPlan, RunPlan
+from fofa_deploy.errors import FofaError, StageError, UnavailableError
+from fofa_deploy.profile import find_profile
+from fofa_deploy.results import Comparison, RunReport, TargetRow
+from fofa_deploy.types import Artifact, Budget, Precision, Status
 from fofa_deploy.verify import Verification
 
 FLOAT_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
@@ -95,3 +98,21 @@ def _throughput_problem(value: float | None, least: float | None) -> str:
     if least is None or (value is not None and value >= least):
         return ""
     return f"throughput {'unknown' if value is None else format(value, '.6g')} images/s, at least {least:.6g} is asked for"
+
+
+def failures(plan: RunPlan, report: RunReport) -> list[FofaError]:
+    """Why a finished run is not a success: required targets without a chosen artifact, or no target with anything to show."""
+    required = [find_profile(name).name for name in plan.required]
+    rows = {target: [row for row in report.targets if row.target == target] for target in {r.target for r in report.targets}}
+    found = [_failure(target, rows.get(target, [])) for target in required if not any(r.chosen for r in rows.get(target, []))]
+    if not any(row.status in (Status.VERIFIED, Status.BUILT_NOT_RUN) for row in report.targets):
+        found.append(_failure("every target", report.targets))
+    return found
+
+
+def _failure(target: str, rows: Sequence[TargetRow]) -> FofaError:
+    """Not available here, or tried and found wanting: the exit codes differ."""
+    reasons = "; ".join(dict.fromkeys(f"{row.recipe} {row.status} ({row.reason})" for row in rows)) or "not tried"
+    away = all(row.status in (Status.SKIPPED, Status.BUILT_NOT_RUN) for row in rows)
+    kind: type[FofaError] = UnavailableError if away else StageError
+    return kind(f"no verified artifact for {target}: {reasons}", "see the report for every recipe that was tried")

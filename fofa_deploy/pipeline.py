@@ -16,28 +16,27 @@ from pathlib import Path
 
 from fofa_deploy import __version__, environment
 from fofa_deploy.capture import capture, write_expected
-from fofa_deploy.config import AccuracyPlan, ModelPlan, RunPlan, TeacherPlan, load_plan
+from fofa_deploy.config import AUTO, AccuracyPlan, ModelPlan, RunPlan, TeacherPlan
 from fofa_deploy.data import Data, load_data, preprocessing, scan, write_split
 from fofa_deploy.distill import parallel
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_notices, read_summary, retraining
-from fofa_deploy.errors import BackendError, FofaError, PlanError, StageError, UnavailableError, UserError
+from fofa_deploy.errors import BackendError, PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.measure import Candidate
 from fofa_deploy.models import code_identity, find_model
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Progress, Quiet
+from fofa_deploy.recorded import PLAN, record_plan, recorded_plan
 from fofa_deploy.recovery import PREFIX, RecoveringTuner, RetrainedTuner
 from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
-from fofa_deploy.schema import differences
-from fofa_deploy.store import Store, write_atomic
+from fofa_deploy.select.record import Selection
+from fofa_deploy.select.search import select_student
+from fofa_deploy.store import Store
 from fofa_deploy.tune import Evidence, Settings, Tuner, sensitivity
 from fofa_deploy.types import Graph, Status
 from fofa_deploy.verify import GraphCheck
-
-PLAN = "plan.json"
-"""The resolved plan, in the run directory; it is a plan like any other."""
 
 REFERENCE = "cpu-onnxruntime"
 """The profile that graphs are checked and the model to beat is timed under; the latter with each target's own threads."""
@@ -56,11 +55,12 @@ class Run:
     def __init__(self, plan: RunPlan, store: Store, progress: Progress, stored: bool = False) -> None:
         self.plan, self.store, self.progress, self._stored = plan, store, progress, stored
         self.notices: list[str] = []
+        self.selection: Selection | None = None
         self.profiles = [find_profile(name) for name in plan.targets]
         if len({profile.name for profile in self.profiles}) < len(self.profiles):
             raise PlanError("two targets have the same name", "list each profile once, and give copies a name of their own")
         if not stored:
-            for model in filter(None, (plan.teacher, plan.student)):
+            for model in filter(None, (plan.teacher, None if plan.student.model == AUTO else plan.student)):
                 find_model(model)
 
     def _stage(
@@ -118,6 +118,32 @@ class Run:
         """The workshop, once every image is known to be readable."""
         _ = self.splits
         return self.workshop
+
+    def settle(self) -> None:
+        """Choose the student where the plan leaves it open: from here on the plan names one.
+
+        Raises:
+            PlanError: no candidate fits, or the choice is to be made by several processes.
+        """
+        if self.plan.student.model != AUTO:
+            return
+        self.selection = Selection.load(self._stage("selection", self._selection_inputs, lambda out: self._select().write(out)))
+        self.plan = self.plan.model_copy(update={"student": self.selection.student})
+
+    def _selection_inputs(self) -> dict[str, object]:
+        plan = self.plan
+        decided = {"select": plan.select, "budget": plan.budget, "targets": self.profiles, "size": plan.data.image_size}
+        return {**decided, "distill": plan.distill and plan.distill.decisive(), **self._training_inputs()}
+
+    def _training_inputs(self) -> dict[str, object]:
+        return {"data": self.data.digest, "seed": self.plan.seed, "teacher": self.teacher and _taught(*self.teacher)}
+
+    def _select(self) -> Selection:
+        if parallel.size() > 1:
+            action = "run fofa-deploy select in one process first; the launched command then finds its choice"
+            raise PlanError("several processes cannot choose a student together", action)
+        ingredients = self._after_scan, self.splits / "calibration", self.teacher
+        return select_student(self.plan, self.profiles, self.store, *ingredients, self._training_inputs())
 
     @cached_property
     def student(self) -> Path:
@@ -278,6 +304,8 @@ class Run:
         trained = {"teacher": read_curve(teacher) if teacher else (), "student": read_curve(self.student)}
         if any(row.recipe.startswith(PREFIX) for row in rows):
             trained["student-qat"] = read_curve(self.retrained)
+        if self.selection:
+            self.notices.append(self.selection.kept_word(read_summary(self.student).top1_validation))
         report = RunReport(
             name=self.plan.name,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -315,20 +343,6 @@ def _pruned(plan: ModelPlan) -> dict[str, object]:
     return {"prune": plan.prune} if plan.prune else {}
 
 
-def record_plan(store: Store, plan: RunPlan, force: bool) -> None:
-    """Keep the resolved plan in the run directory, and refuse another one there unless forced.
-
-    Raises:
-        PlanError: the directory belongs to another plan; says what differs.
-    """
-    path = store.root / PLAN
-    if path.is_file() and not force and not store.untouched and (before := load_plan(str(path))) != plan:
-        changes = differences(before.model_dump(), plan.model_dump())
-        action = "choose another --out, or --force to go on here: stages that the change does not touch are kept"
-        raise PlanError(f"{store.root} was made from another plan: {'; '.join(changes)}", action)
-    write_atomic(path, plan.model_dump_json(indent=1).encode())
-
-
 @contextmanager
 def opened(plan: RunPlan, out: Path, progress: Progress, force: bool = False) -> Iterator[Run]:
     """The run in directory ``out``, locked while it is open.
@@ -340,6 +354,7 @@ def opened(plan: RunPlan, out: Path, progress: Progress, force: bool = False) ->
     with Store(out) as store, parallel.leading():
         run = Run(plan, store, progress)
         record_plan(store, plan, force)
+        run.settle()
         yield run
 
 
@@ -374,27 +389,8 @@ def reopened(out: Path, progress: Progress, *, stored: bool) -> Iterator[Run]:
     Raises:
         PlanError: ``out`` is not a run directory.
     """
-    path = out / PLAN
-    if not path.is_file():
-        action = "make one: fofa-deploy compress-and-export PLAN --out DIR"
-        raise PlanError(f"{out} is not a run directory: it has no {PLAN}", action)
+    plan = recorded_plan(out)
     with Store(out) as store:
-        yield Run(load_plan(str(path)), store, progress, stored)
-
-
-def failures(plan: RunPlan, report: RunReport) -> list[FofaError]:
-    """Why a finished run is not a success: required targets without a chosen artifact, or no target with anything to show."""
-    required = [find_profile(name).name for name in plan.required]
-    rows = {target: [row for row in report.targets if row.target == target] for target in {r.target for r in report.targets}}
-    found = [_failure(target, rows.get(target, [])) for target in required if not any(r.chosen for r in rows.get(target, []))]
-    if not any(row.status in (Status.VERIFIED, Status.BUILT_NOT_RUN) for row in report.targets):
-        found.append(_failure("every target", report.targets))
-    return found
-
-
-def _failure(target: str, rows: Sequence[TargetRow]) -> FofaError:
-    """Not available here, or tried and found wanting: the exit codes differ."""
-    reasons = "; ".join(dict.fromkeys(f"{row.recipe} {row.status} ({row.reason})" for row in rows)) or "not tried"
-    away = all(row.status in (Status.SKIPPED, Status.BUILT_NOT_RUN) for row in rows)
-    kind: type[FofaError] = UnavailableError if away else StageError
-    return kind(f"no verified artifact for {target}: {reasons}", "see the report for every recipe that was tried")
+        run = Run(plan, store, progress, stored)
+        run.settle()
+        yield run

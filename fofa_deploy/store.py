@@ -268,6 +268,8 @@ def _write_manifest(folder: Path, stage: str, version: int, key: str, inputs: Ma
 
 
 def manifests(root: Path) -> list[Manifest]:
-    """Every published stage of a run directory, in the order they were finished."""
-    found = [_read_manifest(p.parent) for p in root.rglob(MANIFEST) if ".scratch" not in p.relative_to(root).parts]
-    return sorted((m for m in found if m), key=lambda m: m.finished_at)
+    """Every published stage of a run directory, those of stores inside it too, in the order they were finished."""
+    folders = [p.parent for p in root.rglob(MANIFEST) if ".scratch" not in p.relative_to(root).parts]
+    found = {folder.relative_to(root).as_posix(): _read_manifest(folder) for folder in folders}
+    named = [manifest.model_copy(update={"stage": place}) for place, manifest in found.items() if manifest]
+    return sorted(named, key=lambda m: m.finished_at)

@@ -20,9 +20,9 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 ORDER = """
     errors mistakes progress runner
     types schema isolate
-    results backend profile prune timm_entry
+    results backend profile training prune timm_entry
     config store metrics serving
-    environment verify measure data models
+    environment recorded verify measure data models
     roofline
     layers
     diagnosis judge inference report

@@ -18,7 +18,8 @@ from PIL import Image
 from fofa_deploy.cli import cli
 from fofa_deploy.config import load_plan
 from fofa_deploy.errors import PlanError
-from fofa_deploy.pipeline import compress_and_export, failures
+from fofa_deploy.judge import failures
+from fofa_deploy.pipeline import compress_and_export
 from fofa_deploy.progress import Quiet
 from fofa_deploy.report import read_report
 from fofa_deploy.store import manifests

@@ -12,6 +12,7 @@ from fofa_deploy.errors import FofaError
 VERBS = {
     "compress-and-export": "The whole job: distill, export, quantize, verify, profile and report, for every target.",
     "distill": "Train the student of a plan, and its teacher if need be.",
+    "select": "Choose a plan's student by what candidates take on its targets.",
     "export": "Capture a plan's student, or a ready-made checkpoint, as a verified ONNX graph.",
     "quantize": "Build and verify a hardware profile's recipes from a run or an ONNX file.",
     "verify": "Hold the artifacts of a run, or an ONNX file, to the model they came from.",

@@ -28,7 +28,8 @@ def command(plan: str, out: Path | None, overrides: tuple[str, ...], dry_run: bo
     if out is None:
         raise click.UsageError("name the run directory with --out")
     from fofa_deploy.cli.show import outcome, progress
-    from fofa_deploy.pipeline import compress_and_export, failures, follow
+    from fofa_deploy.judge import failures
+    from fofa_deploy.pipeline import compress_and_export, follow
 
     if follow(resolved):
         return

@@ -13,7 +13,7 @@ from importlib import resources
 
 from pydantic import Field
 
-from fofa_deploy.config import ModelPlan, Side
+from fofa_deploy.config import CandidatePlan, ModelPlan, Side
 from fofa_deploy.errors import PlanError
 from fofa_deploy.types import Frozen, HardwareProfile
 
@@ -27,12 +27,6 @@ class Candidate(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="unique; also the name of its folder")
     student: ModelPlan
     image_size: tuple[Side, Side] = Field(description="height, width")
-
-
-class CandidatePlan(ModelPlan):
-    """One line of the list: a model, or for timm a pattern such as 'timm:mobilenetv3_small_*'."""
-
-    name: str | None = Field(default=None, description="default: the model's own, with the input size")
 
 
 def listed_for(profile: HardwareProfile) -> tuple[CandidatePlan, ...]:

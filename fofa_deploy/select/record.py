@@ -1,0 +1,137 @@
+"""What a selection leaves: selection.json, a page and a picture. Latencies in it are an aid for choosing, not a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt
+
+from fofa_deploy.config import ModelPlan
+from fofa_deploy.select.choose import Speed
+from fofa_deploy.select.forecast import Forecast, Point
+from fofa_deploy.types import Frozen
+
+RECORD, PAGE, PICTURE = "selection.json", "selection.md", "front.svg"
+
+
+class OnTarget(Frozen):
+    """A candidate on one target, in its fastest recipe."""
+
+    target: str
+    recipe: str
+    speed: Speed | None
+    missed: tuple[str, ...] = Field(description="limits that it does not keep")
+    failures: tuple[str, ...] = Field(description="recipes that could not be built or run")
+
+
+class Judged(Frozen):
+    """One candidate, as far as it got."""
+
+    name: str
+    student: ModelPlan
+    params: PositiveInt | None
+    targets: tuple[OnTarget, ...]
+    rungs: tuple[Point, ...]
+    foretold: Forecast | None = None
+    chosen: bool = False
+
+    @property
+    def fate(self) -> str:
+        """In words."""
+        if self.chosen:
+            return "**chosen**"
+        missed = [f"{row.target}: {problem.removeprefix(f'{self.name}: ')}" for row in self.targets for problem in row.missed]
+        if self.params is None:
+            return "not captured"
+        if missed:
+            return "; ".join(missed)
+        return f"dropped after {len(self.rungs)} of the rungs"
+
+
+class Selection(Frozen):
+    """The whole record."""
+
+    schema_version: Literal[1] = 1
+    student: ModelPlan
+    name: str
+    foretold: Forecast = Field(description="validation accuracy of the chosen one after the whole training")
+    target: str = Field(description="whose latency decides between equals")
+    candidates: tuple[Judged, ...]
+    front: tuple[str, ...] = Field(description="those that no other one beats in foretold accuracy and latency, the fastest first")
+    made_at: str
+    notices: tuple[str, ...] = ()
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        return cls.model_validate_json((folder / RECORD).read_bytes())
+
+    def kept_word(self, reached: float | None) -> str:
+        """What was foretold of the chosen one, beside what became of it."""
+        told = f"{self.name} was chosen of {len(self.candidates)} candidates ({PAGE} in selection/)"
+        found = "" if reached is None else f", {reached:.1%} reached"
+        return f"{told}: {self.foretold.top1:.1%} validation accuracy foretold{found}"
+
+    def write(self, folder: Path) -> None:
+        (folder / RECORD).write_text(self.model_dump_json(indent=1))
+        (folder / PAGE).write_text(self.page())
+        self.draw(folder / PICTURE)
+
+    def page(self) -> str:
+        """Markdown."""
+        head = "| candidate | parameters | recipe | p50 ms | p90 ms | KiB | rungs, validation | foretold | |"
+        rows = [self._row(one) for one in sorted(self.candidates, key=lambda one: -(one.foretold.top1 if one.foretold else -1))]
+        lines = [
+            "# Which student",
+            "",
+            f"Latencies on {self.target}, with random weights, {self.made_at}: an aid; the chosen one is measured anew.",
+            "",
+            head,
+            "|---" * 9 + "|",
+            *rows,
+            "",
+            f"![foretold accuracy and latency]({PICTURE})",
+            *(f"\n- {notice}" for notice in self.notices),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _row(self, one: Judged) -> str:
+        row = next((row for row in one.targets if row.target == self.target), None)
+        speed = row.speed if row else None
+        times = ("", "", "") if speed is None else (f"{speed.p50_ms:.3f}", _number(speed.p90_ms), _kib(speed.size_bytes))
+        rungs = " ".join(f"{point.top1:.1%}" for point in one.rungs)
+        foretold = f"{one.foretold.top1:.1%}" if one.foretold else ""
+        told = (one.name, f"{one.params:,}" if one.params else "", row.recipe if row else "", *times, rungs, foretold, one.fate)
+        return f"| {' | '.join(told)} |"
+
+    def draw(self, path: Path) -> None:
+        """Foretold accuracy over measured p50 latency, as SVG, the front as a line."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4))
+        axes = figure.subplots()
+        places = {one.name: place for one in self.candidates if (place := self._place(one))}
+        line = [places[name] for name in self.front if name in places]
+        axes.plot([x for x, _ in line], [y for _, y in line], color="#808080", linewidth=1)
+        for name, (x, y) in places.items():
+            axes.plot([x], [y], "o", color="#d62728" if name == self.name else "#1f77b4")
+            axes.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=9)
+        axes.set_xlabel(f"p50 ms on {self.target}")
+        axes.set_ylabel("foretold validation accuracy, %")
+        axes.margins(x=0.2, y=0.1)
+        figure.tight_layout()
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+    def _place(self, one: Judged) -> tuple[float, float] | None:
+        row = next((row for row in one.targets if row.target == self.target), None)
+        if one.foretold is None or row is None or row.speed is None:
+            return None
+        return row.speed.p50_ms, 100 * one.foretold.top1
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _kib(size: int | None) -> str:
+    return "" if size is None else f"{size / 1024:.0f}"

@@ -1,0 +1,166 @@
+"""The tables of a plan that say what is trained, and how: models, schedules, methods and their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from fofa_deploy.types import Fraction, Frozen, Scalar
+
+
+class ModelPlan(Frozen):
+    """One network."""
+
+    model: str = Field(description="'timm:NAME' or 'package.module:function'")
+    arguments: dict[str, Scalar | list[Scalar]] = Field(default={}, description="passed on to the constructor")
+    checkpoint: Path | None = Field(default=None, description="safetensors, or a .pt of plain tensors; loaded strictly")
+    pretrained: bool = Field(default=False, description="timm's own weights, from its hub")
+    taps: tuple[str, ...] = Field(default=(), description="module names to take features from; timm models declare their own")
+    prune: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0,
+        exclude_if=lambda share: share == 0,  # plans without it are what they were, and so are their stages' keys
+        description="share of channels taken out of every layer, the weakest first, before training; docs/compression.md",
+    )
+
+    @property
+    def has_weights(self) -> bool:
+        return self.pretrained or self.checkpoint is not None
+
+
+class TrainPlan(Frozen):
+    """One training: AdamW, linear warm-up, cosine decay."""
+
+    epochs: PositiveInt = 30
+    batch_size: PositiveInt = Field(default=128, description="images per optimizer step, over all processes")
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.05
+    warmup_epochs: NonNegativeFloat = 1.0
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    clip_norm: PositiveFloat = 5.0
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(default=0.0, description="decay of the averaged weights; 0 = off")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(default="fp32", description="of autocast while training")
+    channels_last: bool = False
+    accumulate: PositiveInt = Field(default=1, description="passes that share a batch, one after another, to save memory")
+    compile: bool = Field(default=False, description="teacher and student by torch.compile; needs a C++ compiler on a CPU")
+    shard_teacher: bool = Field(default=False, description="spread the teacher's weights over the processes (FSDP)")
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = Field(default=(), description="where curves go, too")
+    workers: NonNegativeInt = Field(default=0, description="data loader processes, per training process")
+    checkpoint_seconds: PositiveFloat = Field(default=60.0, description="longest time that a kill can cost")
+
+    def decisive(self) -> dict[str, Any]:
+        """The fields that decide a result, and so a stage's key."""
+        return self.model_dump(exclude={"shard_teacher", "trackers", "workers", "checkpoint_seconds"})
+
+
+class TeacherPlan(ModelPlan):
+    floor_top1: Fraction | None = Field(default=None, description="least validation accuracy; default: 3x chance, at most 0.9")
+    fit: TrainPlan | None = Field(default=None, description="train it first, when it comes without weights")
+
+    def decisive(self) -> dict[str, Any]:
+        """The fields that decide the weights."""
+        return {**self.model_dump(exclude={"floor_top1", "fit"}), "fit": self.fit and self.fit.decisive()}
+
+
+class FofaPlan(Frozen):
+    """Feature-based one-for-all distillation (arXiv 2501.08885); the symbols are the paper's.
+
+    Prompts are off unless stages are named for them: docs/method.md says what they were measured to cost and to bring.
+    """
+
+    stages: PositiveInt = Field(default=4, description="depths at which features are compared")
+    regions: PositiveInt = Field(default=16, description="n, regions per stage; a square number")
+    width: PositiveInt = Field(default=512, description="d, width of region-aware attention")
+    heads: PositiveInt = 8
+    attention: bool = Field(default=True, description="regions of all stages attend to each other; off: each stage for itself")
+    standardize: bool = Field(default=True, description="teacher features scaled per stage and channel by plain-teacher statistics")
+    emphasis: Literal["none", "regions", "channels", "samples"] = Field(
+        default="none", description="feedback without prompts: what the student finds hard counts for more"
+    )
+    emphasis_power: float = Field(default=0.5, description="of the error that weighs; below 0 what is hard counts for less")
+    prompted_stages: tuple[PositiveInt, ...] = Field(default=(), description="teacher stages with a prompt before them")
+    feedback: bool = Field(default=True, description="prompts see the gap between student and plain teacher")
+    fusion: Literal["dense", "depthwise"] = Field(default="depthwise", description="of gap and features; dense is the paper's")
+    path: Literal["teacher", "side"] = Field(
+        default="teacher", description="prompts bend what enters a teacher stage, or (side) the target alone, at no second pass"
+    )
+    prompt_every: PositiveInt = Field(default=1, description="the prompted pass runs on every k-th step")
+    prompt_share: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=1.0, description="share of a batch in the prompted pass")
+    follow: NonNegativeFloat = Field(default=1.0, description="share of the feature loss' gradient that reaches the prompts")
+
+    @model_validator(mode="after")
+    def _shapes(self) -> Self:
+        if round(self.regions**0.5) ** 2 != self.regions:
+            raise ValueError(f"regions must be a square number such as 4, 9 or 16, not {self.regions}")
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        if any(stage > self.stages for stage in self.prompted_stages):
+            raise ValueError(f"prompted_stages must lie between 1 and stages ({self.stages})")
+        return self
+
+
+class WeightsPlan(Frozen):
+    """Factors of the loss terms; the papers' are all 1. Balancing, where it is on, comes on top."""
+
+    ce: NonNegativeFloat = 1.0
+    kd: NonNegativeFloat = Field(default=1.0, description="alpha")
+    dkd: NonNegativeFloat = 1.0
+    dist: NonNegativeFloat = 1.0
+    fitnet: NonNegativeFloat = 1.0
+    ofa: NonNegativeFloat = 1.0
+    fofa: NonNegativeFloat = Field(default=1.0, description="beta")
+    rsd: NonNegativeFloat = 1.0
+    regularizer: NonNegativeFloat = Field(default=1.0, description="gamma: holds the prompted teacher's logits to the plain one's")
+    anchor: NonNegativeFloat = Field(default=0.0, description="holds its features to the plain one's")
+    supervision: NonNegativeFloat = Field(default=0.0, description="cross-entropy of the prompted teacher")
+
+
+LOGIT_TERMS = ("kd", "dkd", "dist", "ofa")
+FEATURE_TERMS = ("fofa", "rsd", "fitnet")
+
+
+class DistillPlan(TrainPlan):
+    method: str = Field(
+        default="fofa+rsd",
+        description="'none', or a sum of kd, dkd, dist, ofa, fofa, rsd, fitnet; kd is added where none of the first four is named",
+    )
+    balance: Literal["gradient", "fixed"] = Field(
+        default="gradient", description="terms scaled to equal gradients at the student, before their weights; or weights alone"
+    )
+    temperature: PositiveFloat = Field(default=1.0, description="of kd, dkd and dist")
+    dkd_beta: NonNegativeFloat = Field(default=8.0, description="weight of DKD's non-target part; the target part has 1")
+    ofa_gamma: PositiveFloat = Field(default=1.5, description="exponent by which OFA enhances the target class")
+    rsd_lambda: NonNegativeFloat = Field(default=0.05, description="weight of RSD's off-diagonal correlations")
+    weights: WeightsPlan = WeightsPlan()
+    fofa: FofaPlan = FofaPlan()
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """What is learned from the teacher, by name; empty for method ``none``."""
+        parts = [part.strip() for part in self.method.split("+") if part.strip() != "none"]
+        if parts and not set(parts) & set(LOGIT_TERMS):
+            parts.insert(0, "kd")
+        return tuple(dict.fromkeys(parts))
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        known = (*LOGIT_TERMS, *FEATURE_TERMS)
+        unknown = [part.strip() for part in value.split("+") if part.strip() not in known]
+        if value != "none" and unknown:
+            raise ValueError(
+                f"unknown method {', '.join(map(repr, unknown))}; known: none, {', '.join(known)}, and sums such as fofa+rsd"
+            )
+        return value
+
+
+class QatPlan(Frozen):
+    """Quantization-aware training of the student; docs/quantization.md. What is not said here is as in [distill]."""
+
+    when: Literal["never", "needed", "always"] = Field(
+        default="needed", description="needed: a target's int8 recipes all miss the accuracy budget"
+    )
+    epochs: PositiveInt = 3
+    lr: PositiveFloat | None = Field(default=None, description="default: a tenth of distill.lr")
+    weight_bits: Literal[7, 8] = Field(default=7, description="7 also suits CPUs whose int8 products saturate")

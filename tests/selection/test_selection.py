@@ -1,0 +1,182 @@
+"""A student is chosen for real: digits, small networks of three families, two runtimes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fofa_deploy.config import load_plan
+from fofa_deploy.errors import PlanError
+from fofa_deploy.pipeline import compress_and_export, opened
+from fofa_deploy.progress import Quiet
+from fofa_deploy.select.record import Selection
+from fofa_deploy.store import manifests
+
+VIT = "{patch_size=4,embed_dim=32,depth=2,num_heads=2}"
+WIDE = "{patch_size=2,embed_dim=192,depth=8,num_heads=4}"
+SLIM = "{patch_size=4,embed_dim=16,depth=2,num_heads=2}"
+MIXER = "{patch_size=4,embed_dim=32,num_blocks=2}"
+CNN = "{channels=[8,16,16,32],stem_width=8}"
+CANDIDATES = (
+    f"[{{model='timm:vit_tiny_patch16_224',name='vit',arguments={VIT}}},"
+    f"{{model='timm:vit_tiny_patch16_224',name='slim',arguments={SLIM}}},"
+    f"{{model='timm:vit_tiny_patch16_224',name='wide',arguments={WIDE}}},"
+    f"{{model='timm:mixer_s32_224',name='mixer',arguments={MIXER}}},"
+    f"{{model='timm:resnet10t',name='cnn',arguments={CNN}}},"
+    "{model='timm:resnet18',name='broken',arguments={no_such_argument=1}}]"
+)
+SMALL = (
+    "threads=1",
+    "required=[]",
+    "data.limit=256",
+    "data.image_size=16",
+    f"teacher.arguments={CNN}",
+    "teacher.fit={epochs=2,batch_size=32,lr=3e-3,warmup_epochs=0.2}",
+    "teacher.floor_top1=0.0",
+    "student={model='auto'}",
+    f"select.candidates={CANDIDATES}",
+    "select.rungs=2",
+    "select.first=0.25",
+    "select.seconds=0.1",
+    "distill.epochs=4",
+    "distill.fofa={stages=2,width=16,heads=2}",
+    "accuracy.max_top1_drop=1.0",
+    "measure={seconds=0.2,max_seconds=0.5}",
+    f"targets=['cpu-onnxruntime','{Path(__file__).parent / 'openvino-fp32.toml'}']",
+)
+
+
+def auto(*more: str):
+    return load_plan("demo", [*SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def aid(tmp_path_factory):
+    """Where this module keeps its latency aid."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("aid")
+        patch.setenv("FOFA_DEPLOY_LATENCIES", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def chosen(aid, tmp_path_factory):
+    """A run directory with a selection in it, and that selection."""
+    out = tmp_path_factory.mktemp("selection") / "run"
+    with opened(auto("budget.size_bytes=2000000"), out, Quiet()) as run:
+        return out, run.selection
+
+
+def named(selection):
+    return {one.name.rpartition("-")[0]: one for one in selection.candidates}
+
+
+def test_every_candidate_is_measured_on_every_target_or_told_why_not(chosen):
+    found = named(chosen[1])
+    assert set(found) == {"vit", "slim", "wide", "mixer", "cnn", "broken"}
+    for name in ("vit", "slim", "wide", "mixer"):
+        assert [row.target for row in found[name].targets] == ["cpu-onnxruntime", "openvino-fp32"]
+        assert all(row.speed and row.speed.p50_ms > 0 and row.recipe for row in found[name].targets)
+    assert found["broken"].params is None
+    assert any("broken" in notice and "no_such_argument" in notice for notice in chosen[1].notices)
+
+
+def test_what_a_target_cannot_build_is_disqualified_with_its_reason(chosen):
+    """At 16 px the stem leaves one pixel to a pooling of 2 x 2, which OpenVINO refuses."""
+    here, there = named(chosen[1])["cnn"].targets
+    assert here.speed
+    assert there.speed is None
+    assert "OpenVINO cannot build fp32" in there.missed[0]
+    assert named(chosen[1])["cnn"].rungs == ()
+
+
+def test_what_misses_the_budget_is_not_trained(chosen):
+    wide = named(chosen[1])["wide"]
+    assert all("size_bytes" in row.missed[0] for row in wide.targets)
+    assert wide.rungs == ()
+    assert not wide.chosen
+
+
+def test_those_that_fit_climb_and_one_is_chosen_by_what_is_foretold(chosen):
+    selection = chosen[1]
+    fits = [named(selection)[name] for name in ("vit", "slim", "mixer")]
+    assert sorted(len(one.rungs) for one in fits) == [1, 2, 2], "half of three, rounded up, climbs on"
+    assert [one.name for one in fits if one.chosen] == [selection.name]
+    assert all(point.seen < selection.foretold.seen for one in fits for point in one.rungs)
+    best = max(one.foretold.top1 for one in fits if len(one.rungs) == 2)
+    assert selection.foretold.top1 >= best - 0.005
+
+
+def test_the_record_can_be_read_and_looked_at(chosen):
+    folder = chosen[0] / "selection"
+    assert Selection.load(folder) == chosen[1]
+    assert json.loads((folder / "selection.json").read_text())["schema_version"] == 1
+    assert "<svg" in (folder / "front.svg").read_text()
+    page = (folder / "selection.md").read_text()
+    assert "**chosen**" in page
+    assert "an aid" in page
+
+
+def test_the_whole_job_goes_on_with_the_chosen_one_and_tells_what_became_of_it(chosen):
+    out, selection = chosen
+    report = compress_and_export(auto("budget.size_bytes=2000000"), out, Quiet())
+    assert report.student.model == selection.student.model
+    (word,) = [notice for notice in report.notices if "foretold" in notice]
+    assert "reached" in word
+    assert {timing.stage: timing.reused for timing in report.stages}["selection"]
+    assert {row.target for row in report.targets if row.chosen} == {"cpu-onnxruntime", "openvino-fp32"}
+    again = subprocess.run(
+        [sys.executable, "-m", "fofa_deploy", "report", str(out)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_second_selection_builds_nothing_that_the_aid_knows_and_trains_again(chosen, tmp_path):
+    out = tmp_path / "second"
+    shutil.copytree(chosen[0] / "teacher", out / "teacher")
+    with opened(auto("budget.size_bytes=2000000"), out, Quiet()) as run:
+        speeds = {one.name: [row.speed for row in one.targets] for one in run.selection.candidates}
+    assert speeds == {one.name: [row.speed for row in one.targets] for one in chosen[1].candidates}
+    assert not list(out.glob("candidates/*/speed/artifacts"))
+
+
+def test_finished_rungs_are_not_trained_again(chosen, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(chosen[0], out)
+    shutil.rmtree(out / "selection")
+    before = {path: path.stat().st_mtime_ns for path in out.glob("candidates/*/rung-*/weights.safetensors")}
+    with opened(auto("budget.size_bytes=2000000"), out, Quiet()) as run:
+        assert run.selection.name == chosen[1].name
+    assert before == {path: path.stat().st_mtime_ns for path in out.glob("candidates/*/rung-*/weights.safetensors")}
+    assert len(before) == 5
+    told = {manifest.stage for manifest in manifests(out)}
+    assert {f"candidates/{chosen[1].name}/rung-1", f"candidates/{chosen[1].name}/speed/graph", "selection"} <= told
+
+
+def test_nobody_fits_names_who_came_nearest(aid, chosen, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(chosen[0], out)
+    nobody = auto("budget.size_bytes=1000")
+    with (
+        pytest.raises(PlanError, match=r"no candidate fits; the nearest is .* size_bytes") as raised,
+        opened(nobody, out, Quiet(), True),
+    ):
+        pass
+    assert "cpu-onnxruntime" in raised.value.message
+    assert "select.candidates" in raised.value.action
+
+
+@pytest.mark.parametrize("more", ["student.checkpoint='weights.safetensors'", "student.pretrained=true"])
+def test_a_student_that_is_to_be_chosen_has_nothing_else(more):
+    with pytest.raises(PlanError, match="auto"):
+        auto(more)
+
+
+def test_the_verb_refuses_a_plan_that_names_its_student(tmp_path):
+    command = [sys.executable, "-m", "fofa_deploy", "select", "demo", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "student.model" in done.stderr
