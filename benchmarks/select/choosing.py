@@ -1,0 +1,5 @@
+from outcome import Picked
+
+
+def choose(room, target, budget_ms) -> Picked:
+    raise NotImplementedError
