@@ -11,8 +11,8 @@ from pathlib import Path
 # Where the teacher and the mixer of 16 pixels are; plans name them "models:..."
 sys.path.insert(0, str(Path(__file__).parent.parent / "distillation"))
 
-from fofa_deploy.config import DataPlan, DistillPlan, MeasurePlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan  # noqa: E402
-from fofa_deploy.types import Frozen  # noqa: E402
+from fofa_deploy.config import DataPlan, DistillPlan, MeasurePlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
+from fofa_deploy.types import Frozen
 
 TARGETS = ("cpu-onnxruntime", "cpu-openvino")
 TEACHER_TAPS = ("stages.0", "stages.1", "stages.2")

@@ -1,4 +1,4 @@
-"""What the record says: who was chosen and what it cost, by measurement and by rules of thumb, against the truth. Pure functions."""
+"""What the record says: who was chosen, at what cost, by measurement and by rules of thumb, against the truth. Pure functions."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Goal(Frozen):
 
 
 class Verdict(Frozen):
-    """One budget of one target. Regrets are points of validation accuracy behind the best fitting contender; None: it does not fit."""
+    """One budget of one target. Regrets are points of validation accuracy behind the best that fits; None: it does not fit."""
 
     target: str
     budget_ms: float

@@ -15,18 +15,20 @@ from fofa_deploy.results import Environment
 from fofa_deploy.store import write_atomic
 
 sys.path.append(str(Path(__file__).parent.parent / "zoo-distill"))
-from keeper import table  # noqa: E402 - from another benchmark
+from keeper import table
 
 PICTURE = "accuracy-latency.svg"
 NOT_FITTING = "does not fit"
 ABOUT = """
 A budget is a limit on the 90th percentile of latency, batch 1, all cores. Every contender is trained by the whole schedule of the
-default plan, tuned for the target, and timed beside all others in one interleaved run: that is the truth. Budgets let in the fastest
-quarter, half and three quarters, half-way (in logarithms) to the next slower contender; they were set once, from these latencies.
+default plan, tuned for the target, and timed beside all others in one interleaved run: that is the truth. Budgets let in the
+fastest quarter, half and three quarters, half-way (in logarithms) to the next slower contender; they were set once, from these
+latencies.
 
 - **chosen**: by `student.model = "auto"` with the budget in the plan, which knows neither the truth nor the test images.
 - **by FLOPs**, **by parameters**: the largest by that count of those that the *measured* latencies let in, which is generous.
-- **regret**: points of validation accuracy behind the best contender that fits. Test accuracy is shown beside it and decides nothing.
+- **regret**: points of validation accuracy behind the best contender that fits. Test accuracy is shown beside it and decides
+  nothing.
 - **cost**: training images that the selection showed to each contender times that contender's measured seconds per image (one
   thread), as a share of the same sum over all contenders' whole schedules.
 """
@@ -163,7 +165,9 @@ def pyplot() -> Any:  # noqa: ANN401 - a module
 def draw(record: Record, path: Path) -> None:
     """One panel per target: accuracy over latency, area by FLOPs, a line per budget, a ring around what was chosen for it."""
     plot = pyplot()
-    figure, panels = plot.subplots(1, len(record.times), figsize=(5.6 * len(record.times), 4.4), squeeze=False, layout="constrained")
+    figure, panels = plot.subplots(
+        1, len(record.times), figsize=(5.6 * len(record.times), 4.4), squeeze=False, layout="constrained"
+    )
     for times, panel in zip(record.times, panels[0], strict=True):
         _dots(panel, times, record)
         for number, budget in enumerate(times.budgets_ms):

@@ -1,4 +1,4 @@
-"""What the contenders take once they are deployed: each tuned by itself, then all of them side by side in one run; and the budgets."""
+"""What contenders take once they are deployed: each tuned by itself, then all side by side in one run; and the budgets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from fofa_deploy import environment
 from fofa_deploy.config import LimitsPlan
 from fofa_deploy.errors import BackendError, FofaError
 from fofa_deploy.measure import Candidate, measure
-from fofa_deploy.pipeline import Run
 from fofa_deploy.profile import find_profile
 from fofa_deploy.results import Measurement
 from fofa_deploy.types import Fraction, Frozen
@@ -33,6 +32,9 @@ class Deployed(Frozen):
     artifact: Path
     golden: Path
 
+    def candidate(self, target: str) -> Candidate:
+        return Candidate(artifact=self.artifact, profile=find_profile(target), golden=self.golden)
+
 
 class Timed(Frozen):
     """A contender's artifact beside all others."""
@@ -49,6 +51,8 @@ class Times(Frozen):
 
     target: str
     rows: tuple[Timed, ...]
+    failed: dict[str, str]
+    """Contenders that cannot be deployed there, and why; they fit no budget."""
     budgets_ms: tuple[float, ...]
     measured_at: str
     load_average: float | None
@@ -65,16 +69,13 @@ def deploy(room: Workroom, task: Task, target: str) -> Deployed:
         BackendError: the tuner has nothing to deploy.
     """
     with room.run(task) as run:
-        row = next((row for row in run.tuner(timed=False).tune(find_profile(target)) if row.chosen), None)
+        rows = run.tuner(timed=False).tune(find_profile(target))
+        row = next((row for row in rows if row.chosen), None)
         if row is None or row.artifact is None or row.top1 is None:
-            raise BackendError(f"{task.name} has no verified artifact for {target}", "run fofa-deploy doctor")
-        return Deployed(
-            task=task, recipe=row.recipe, top1=row.top1, artifact=run.store.root / row.artifact, golden=_golden(run)
-        )  # fmt: skip
-
-
-def _golden(run: Run) -> Path:
-    return run.graph / "golden.npz"
+            reasons = "; ".join(dict.fromkeys(f"{row.recipe}: {row.reason}" for row in rows))
+            raise BackendError(f"{task.contender} has no verified artifact for {target}: {reasons}", "run fofa-deploy doctor")
+        artifact, golden = run.store.root / row.artifact, run.graph / "golden.npz"
+        return Deployed(task=task, recipe=row.recipe, top1=row.top1, artifact=artifact, golden=golden)
 
 
 def race(entries: Sequence[Candidate], room: Workroom) -> list[Measurement]:
@@ -97,10 +98,9 @@ def p90(found: Measurement) -> float:
 
 def time_all(room: Workroom, tasks: Iterable[Task], target: str) -> Times:
     """Deploy and race the contenders of a target."""
-    deployed = [deploy(room, task, target) for task in tasks]
+    deployed, failed = deploy_all(room, tasks, target)
     load = environment.describe().load_average
-    profile = find_profile(target)
-    found = race([Candidate(artifact=one.artifact, profile=profile, golden=one.golden) for one in deployed], room)
+    found = race([one.candidate(target) for one in deployed], room)
     rows = tuple(
         Timed(contender=one.task.contender, recipe=one.recipe, p50_ms=m.latency_ms.p50, p90_ms=p90(m), runs=m.runs)
         for one, m in zip(deployed, found, strict=True)
@@ -108,10 +108,26 @@ def time_all(room: Workroom, tasks: Iterable[Task], target: str) -> Times:
     return Times(
         target=target,
         rows=rows,
+        failed=failed,
         budgets_ms=budgets([row.p90_ms for row in rows]),
-        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        measured_at=now(),
         load_average=load,
     )
+
+
+def deploy_all(room: Workroom, tasks: Iterable[Task], target: str) -> tuple[list[Deployed], dict[str, str]]:
+    """What could be deployed, and why the other contenders could not."""
+    deployed, failed = [], {}
+    for task in tasks:
+        try:
+            deployed.append(deploy(room, task, target))
+        except BackendError as error:
+            failed[task.contender] = error.message
+    return deployed, failed
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def budgets(p90_ms: Sequence[float]) -> tuple[float, ...]:
