@@ -36,8 +36,9 @@ PHASES = ("select", "screen", "train", "measure", "page")
 @click.option("--root", default=steps.FASHION, show_default=True, help="Fashion-MNIST's four IDX files.")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), default=steps.WORK, help="Shared with benchmarks/select.")
 @click.option("--quick", is_flag=True, help="Four contenders, one seed, in a few minutes; printed, and kept in WORK/quick alone.")
+@click.option("--again", is_flag=True, help="Race again what has been raced for the page.")
 @click.option("--quiet", is_flag=True)
-def main(phase: str, jobs: int, root: str, work: Path, quick: bool, quiet: bool) -> None:
+def main(phase: str, jobs: int, root: str, work: Path, quick: bool, again: bool, quiet: bool) -> None:
     """Run what is missing, and write results.json, README.md and the picture."""
     folder, scale = (work / "quick", QUICK) if quick else (work, FULL)
     folder = folder.absolute()
@@ -56,6 +57,8 @@ def main(phase: str, jobs: int, root: str, work: Path, quick: bool, quiet: bool)
     if phase in ("train", "all"):
         rounds.train(room, ledger, jobs)
     if phase in ("measure", "all"):
+        if again:
+            ledger.note(races=())
         rounds.measure(room, ledger)
     ledger.write()
     if quick:

@@ -1,4 +1,4 @@
-"""What is chosen from: nine small networks of four kinds, their teacher, their data, and the one schedule they all get.
+"""What is chosen from: ten small networks of four kinds, their teacher, their data, and the one schedule they all get.
 
 Parameters, multiplications and latencies put them into three different orders: that is what makes choosing a question.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Where the teacher and the mixer of 16 pixels are; plans name them "models:..."
+# Where the teacher and the mixer for 16 pixels are; plans name them "models:..."
 sys.path.insert(0, str(Path(__file__).parent.parent / "distillation"))
 
 from fofa_deploy.config import DataPlan, DistillPlan, MeasurePlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
 from fofa_deploy.types import Frozen
 
 TARGETS = ("cpu-onnxruntime", "cpu-openvino")
-TEACHER_TAPS = ("stages.0", "stages.1", "stages.2")
+TEACHER_TAPS = ("stem.0", "stem.1", "blocks.0", "blocks.2")
 METHODS = {
     "default": {"method": "fofa+rsd", "fofa": {"width": 64, "heads": 4, "stages": 4}},
     "alone": {"method": "none"},
@@ -32,25 +32,32 @@ class Contender(Frozen):
     plan: ModelPlan
 
 
-def _contender(name: str, kind: str, model: str, **arguments: int | str | list[int]) -> Contender:
-    return Contender(name=name, kind=kind, plan=ModelPlan.model_validate({"model": model, "arguments": arguments}))
+def _contender(name: str, kind: str, model: str, taps: tuple[str, ...] = (), **arguments: int | list[int]) -> Contender:
+    plan = {"model": model, "arguments": arguments, "taps": taps}
+    return Contender(name=name, kind=kind, plan=ModelPlan.model_validate(plan))
 
 
-STEM = {"stem_type": "deep", "stem_width": 16}
+STAGES = ("stages.0", "stages.1", "stages.2")
 CONTENDERS = (
-    _contender("resnet-narrow", "cnn", "timm:resnet18", layers=[1, 1, 1, 1], channels=[16, 32, 64, 128], **STEM),
-    _contender("resnet-wide", "cnn", "timm:resnet18", layers=[1, 1, 1, 1], channels=[48, 96, 192, 384], **STEM),
+    _contender("plain-narrow", "cnn", "networks:plain_cnn", STAGES, channels=[8, 16, 32], depth=1),
+    _contender("plain", "cnn", "networks:plain_cnn", STAGES, channels=[16, 32, 48], depth=2),
+    _contender("resnet", "cnn", "timm:resnet18", layers=[1, 1, 1, 1], channels=[48, 96, 192, 384]),
     _contender("convnext", "cnn", "timm:convnext_atto", depths=[2, 2, 2, 2], dims=[16, 32, 48, 64], patch_size=1),
     _contender("mobilenet", "cnn", "timm:mobilenetv3_small_050"),
     _contender("vit-narrow", "vit", "timm:vit_tiny_patch16_224", patch_size=4, embed_dim=48, depth=3, num_heads=3),
     _contender("vit-wide", "vit", "timm:vit_tiny_patch16_224", patch_size=4, embed_dim=128, depth=3, num_heads=4),
     _contender("mixer", "mixer", "models:mixer_student"),
     _contender(
-        "tiny-vit", "hybrid", "timm:tiny_vit_5m_224",
-        embed_dims=[16, 32, 48, 64], depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4], window_sizes=[4, 4, 4, 4],
+        "tiny-vit",
+        "hybrid",
+        "timm:tiny_vit_5m_224",
+        embed_dims=[16, 32, 48, 64],
+        depths=[1, 1, 2, 1],
+        num_heads=[1, 2, 3, 4],
+        window_sizes=[4, 4, 4, 4],
     ),
     _contender("mobilevit", "hybrid", "timm:mobilevit_xxs"),
-)  # fmt: skip
+)
 
 
 class Scale(Frozen):
@@ -76,7 +83,7 @@ class Scale(Frozen):
 
 FULL = Scale()
 QUICK = Scale(
-    contenders=("resnet-narrow", "vit-narrow", "mixer", "tiny-vit"),
+    contenders=("plain-narrow", "vit-narrow", "mixer", "tiny-vit"),
     images=1_200,
     epochs=4,
     teacher_images=2_000,
@@ -102,7 +109,7 @@ def data(root: str, limit: int) -> DataPlan:
 
 def teacher(scale: Scale) -> TeacherPlan:
     fit = TrainPlan(epochs=scale.teacher_epochs, batch_size=128, lr=2e-3, warmup_epochs=0.5)
-    return TeacherPlan(model="models:cnn_teacher", taps=TEACHER_TAPS, floor_top1=scale.floor, fit=fit)
+    return TeacherPlan(model="models:hybrid_teacher", taps=TEACHER_TAPS, floor_top1=scale.floor, fit=fit)
 
 
 def distill(scale: Scale, method: str) -> DistillPlan:

@@ -1,4 +1,4 @@
-"""Does choosing by measurement find the best student, cheaply? Three p90 budgets per CPU target, nine contenders, one truth.
+"""Does choosing by measurement find the best student, cheaply? Three p90 budgets per CPU target, ten contenders, one truth.
 
     python benchmarks/select/run.py --phase train      # the teacher and every contender's whole schedule; needs no quiet machine
     python benchmarks/select/run.py --phase measure    # latencies, budgets and the selections; on a quiet machine
