@@ -50,6 +50,7 @@ def main(phase: str, jobs: int, root: str, work: Path, quick: bool, again: bool,
     if phase in ("select", "all"):
         steps.train(room, notebook, jobs)
         steps.measure(room, notebook)
+        steps.choose_all(room, notebook)
     out = folder / "frontier" if quick else HERE
     ledger = rounds.Ledger(out, rounds.QUICK_SEEDS if quick else rounds.SEEDS, notebook.record)
     if phase in ("screen", "all"):

@@ -1,5 +1,37 @@
+"""A selection as a user would have it made: a plan with ``student.model = "auto"``, the contenders listed, the budget set."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
 from outcome import Picked
+from workroom import DATA_SEED, Workroom
+
+from fofa_deploy.config import ModelPlan, RunPlan
+from fofa_deploy.pipeline import opened
+
+AUTO = ModelPlan(model="auto")
 
 
-def choose(room, target, budget_ms) -> Picked:
-    raise NotImplementedError
+def choose(room: Workroom, target: str, budget_ms: float) -> Picked:
+    """Let the pipeline choose among the contenders for a target and a p90 budget; the stage is kept, and is not run twice."""
+    name = f"selection-{target}-{budget_ms:.6f}"
+    started = time.monotonic()
+    with opened(_plan(room, target, budget_ms, name), room.folder / "runs" / name, room.progress) as run:
+        chosen, images = told(run.selection)
+    return Picked(target=target, budget_ms=budget_ms, contender=chosen, images=images, seconds=time.monotonic() - started)
+
+
+def _plan(room: Workroom, target: str, budget_ms: float, name: str) -> RunPlan:
+    usual = room.plan(AUTO, "default", DATA_SEED, name).model_dump()
+    listed = [{"name": one.name, **one.plan.model_dump()} for one in room.scale.field]
+    changes = {"targets": (target,), "budget": {"p90_ms": budget_ms}, "select": {"candidates": listed}}
+    return RunPlan.model_validate({**usual, **changes})
+
+
+def told(folder: Path) -> tuple[str | None, dict[str, int]]:
+    """The contender that selection.json names, and how many images it says that each one was trained on."""
+    found = json.loads((folder / "selection.json").read_bytes())
+    raise NotImplementedError(found)

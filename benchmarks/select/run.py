@@ -1,8 +1,9 @@
 """Does choosing by measurement find the best student, cheaply? Three p90 budgets per CPU target, ten contenders, one truth.
 
     python benchmarks/select/run.py --phase train      # the teacher and every contender's whole schedule; needs no quiet machine
-    python benchmarks/select/run.py --phase measure    # latencies, budgets and the selections; on a quiet machine
-    python benchmarks/select/run.py                    # both
+    python benchmarks/select/run.py --phase measure    # latencies of the contenders, and the budgets; on a quiet machine
+    python benchmarks/select/run.py --phase choose     # the selections, which measure and train by themselves; on a quiet machine
+    python benchmarks/select/run.py                    # all of it
 
 Run again to resume: what is recorded is not done again. --quick does all of it in miniature and records nothing here.
 """
@@ -17,12 +18,12 @@ import click
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from contenders import FULL, QUICK  # noqa: E402 - neighbours of this file
-from steps import FASHION, WORK, Notebook, measure, train  # noqa: E402
+from steps import FASHION, WORK, Notebook, choose_all, measure, train  # noqa: E402
 from workroom import Workroom  # noqa: E402
 
 from fofa_deploy.progress import Progress, Quiet, Terminal  # noqa: E402
 
-PHASES = ("train", "measure", "page")
+PHASES = ("train", "measure", "choose", "page")
 
 
 @click.command()
@@ -45,6 +46,8 @@ def main(phase: str, jobs: int, root: str, work: Path, quick: bool, quiet: bool)
         train(room, notebook, jobs)
     if phase in ("measure", "all"):
         measure(room, notebook)
+    if phase in ("choose", "all"):
+        choose_all(room, notebook)
     notebook.write()
     if quick:
         click.echo((folder / "README.md").read_text())

@@ -54,7 +54,7 @@ def train(room: Workroom, notebook: Notebook, jobs: int) -> None:
 
 
 def measure(room: Workroom, notebook: Notebook) -> None:
-    """Latencies and budgets of the targets that are not recorded, then every selection that is not."""
+    """Latencies and budgets of the targets that are not recorded."""
     untrained = [name for name in room.scale.contenders if name not in notebook.record.truth()]
     if untrained:
         raise click.ClickException(f"not trained yet: {', '.join(untrained)}; run with --phase train first")
@@ -62,6 +62,12 @@ def measure(room: Workroom, notebook: Notebook) -> None:
     for target in TARGETS:
         if target not in {times.target for times in notebook.record.times}:
             notebook.note(times=(*notebook.record.times, time_all(room, tasks, target)))
+
+
+def choose_all(room: Workroom, notebook: Notebook) -> None:
+    """Every selection that is not recorded."""
+    if missing := [target for target in TARGETS if target not in {times.target for times in notebook.record.times}]:
+        raise click.ClickException(f"no budgets for {', '.join(missing)} yet; run with --phase measure first")
     for times in notebook.record.times:
         for budget in times.budgets_ms:
             if notebook.record.pick(times.target, budget) is None:
