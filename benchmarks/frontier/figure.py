@@ -10,7 +10,7 @@ from typing import Any
 
 from outcome import Record
 from rivals import WAYS
-from sheet import goal_rows, machine, pyplot, table
+from sheet import goal_rows, machine, pyplot, setting, table
 from standing import OURS, Frontier, Place, Standing, goals, places
 
 from fofa_deploy.store import write_atomic
@@ -58,14 +58,14 @@ def write(found: Frontier, selected: Record, folder: Path) -> None:
 
 
 def page(found: Frontier, selected: Record) -> str:
-    scale, decided = selected.scale, places(found)
+    decided = places(found)
     parts = [
         "# What does the whole pipeline bring within a budget of latency?",
         "",
         "Written by `python benchmarks/frontier/run.py`; nothing here is typed by hand.",
         "",
         machine(found.environment),
-        f"Fashion-MNIST at 16 px, {scale.images:,} training images, {scale.epochs} epochs per student, {len(found.seeds)} seeds.",
+        f"{setting(selected.scale)} Seeds: {', '.join(map(str, found.seeds))}.",
         ABOUT,
         *missing(found, selected),
     ]

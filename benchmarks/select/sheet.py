@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from contenders import Scale
 from outcome import Goal, Record, Verdict, goals, rank_correlations, verdicts
 from stopwatch import Times
 
@@ -60,7 +61,7 @@ def page(record: Record) -> str:
         "Written by `python benchmarks/select/run.py`; nothing here is typed by hand.",
         "",
         machine(record.environment),
-        f"Fashion-MNIST at 16 px, {scale.images:,} training images, {scale.epochs} epochs per contender.",
+        setting(scale),
         ABOUT,
         *missing(record),
     ]
@@ -71,6 +72,11 @@ def page(record: Record) -> str:
         parts += ["## What the rules of thumb go by", "", *_correlations(record), ""]
     parts += _contenders(record)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def setting(scale: Scale) -> str:
+    students = f"{scale.images:,} training images, {scale.epochs} epochs per student"
+    return f"Fashion-MNIST at 16 px, {students}; the teacher was fitted to {scale.teacher_images:,} images."
 
 
 def machine(environment: Environment | None) -> str:
