@@ -88,4 +88,10 @@ def budget_problem(row: TargetRow, budget: Budget) -> str:
     for name, value, limit, unit in figures:
         if limit is not None and not (value is not None and value <= limit):
             return f"{name} {'unknown' if value is None else format(value, '.6g')} {unit}, the budget is {limit:.6g}"
-    return ""
+    return _throughput_problem(row.throughput_sps, budget.throughput_sps)
+
+
+def _throughput_problem(value: float | None, least: float | None) -> str:
+    if least is None or (value is not None and value >= least):
+        return ""
+    return f"throughput {'unknown' if value is None else format(value, '.6g')} images/s, at least {least:.6g} is asked for"

@@ -88,11 +88,12 @@ class Execution(Frozen):
 
 
 class Budget(Frozen):
-    """Upper limits an artifact must keep; absent = unlimited."""
+    """Limits an artifact must keep, all upper ones but the last; absent = unlimited."""
 
     p90_ms: PositiveFloat | None = None
     size_bytes: PositiveInt | None = None
     peak_rss_bytes: PositiveInt | None = None
+    throughput_sps: PositiveFloat | None = Field(default=None, description="least images per second")
 
 
 class HardwareProfile(Frozen):

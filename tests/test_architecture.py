@@ -27,7 +27,7 @@ ORDER = """
     layers
     diagnosis judge inference report
     distill capture tune gate
-    files
+    files select
     remote recovery
     adopt pipeline
     cli
@@ -37,7 +37,7 @@ RANK = {part: number for number, line in enumerate(LINES) for part in line}
 
 TORCH = {"models", "inference", "capture", "distill"}
 FRAMEWORKS = {"torch", "timm", "torchvision", "accelerate"}
-LAZY_TIMM = {"data"}  # timm.data opens data sets, inside one function
+LAZY_TIMM = {"data", "select"}  # timm.data opens data sets, timm.list_models expands patterns, each inside one function
 PARTS = "__init__ observed prepare ranges recipes recover scheme sensitivity statistics writer"
 RUNTIMES = {
     "_cuda": {"cuda"},

@@ -130,3 +130,10 @@ def test_without_a_budget_nothing_is_missed():
 def test_a_row_that_was_not_measured_misses_its_latency():
     unmeasured = row().model_copy(update={"latency_ms": None})
     assert "unknown" in budget_problem(unmeasured, Budget(p90_ms=1))
+
+
+@pytest.mark.parametrize(("found", "good"), [(10.0, True), (9.9, False), (nan, False), (None, False)])
+def test_a_throughput_is_reached_or_missed(found, good):
+    told = budget_problem(row().model_copy(update={"throughput_sps": found}), Budget(throughput_sps=10))
+    assert (told == "") is good
+    assert good or told.startswith("throughput")

@@ -54,7 +54,7 @@ ERRORS = {
 }
 TYPES = {
     "Artifact": "backend recipe graph_sha256 files layers versions sidecar folder",
-    "Budget": "p90_ms size_bytes peak_rss_bytes",
+    "Budget": "p90_ms size_bytes peak_rss_bytes throughput_sps",
     "Calibration": "images preprocessing input_name statistics sensitivity",
     "Device": "kind name architecture features host python",
     "Execution": "threads batch_sizes spinning",

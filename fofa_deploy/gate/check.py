@@ -72,11 +72,12 @@ class _Target:
     series: Series = field(default_factory=Series)
     latency: Finding | None = None
     budget: Finding | None = None
+    throughput: Finding | None = None
     broken: StageError | None = None
 
     @property
     def undecided(self) -> bool:
-        return any(finding and finding.verdict is Verdict.INCONCLUSIVE for finding in (self.latency, self.budget))
+        return any(finding and finding.verdict is Verdict.INCONCLUSIVE for finding in (self.latency, self.budget, self.throughput))
 
 
 class Check:
@@ -187,13 +188,17 @@ class Check:
         """Whether a race can tell anything: not between an artifact and itself, unless its own figures are wanted."""
         pair = target.pair
         different = pair.baseline is not None and not pair.same
-        return different or bool(self._p90_limits(pair)) or self._options.timed or self._wants_memory(pair)
+        wanted = self._p90_limits(pair) or self._throughput_limits(pair)
+        return different or bool(wanted) or self._options.timed or self._wants_memory(pair)
 
     def _wants_memory(self, pair: Pair) -> bool:
         return any(budget.peak_rss_bytes is not None for budget in (self._budget, pair.profile.budget))
 
     def _p90_limits(self, pair: Pair) -> list[float]:
         return [budget.p90_ms for budget in (self._budget, pair.profile.budget) if budget.p90_ms is not None]
+
+    def _throughput_limits(self, pair: Pair) -> list[float]:
+        return [budget.throughput_sps for budget in (self._budget, pair.profile.budget) if budget.throughput_sps is not None]
 
     def _launch(self, target: _Target, launches: int) -> None:
         pair, done = target.pair, len(target.series.launches)
@@ -216,6 +221,9 @@ class Check:
                 target.latency = rules.judge_latency(name, duels[name], noise, slower[key], faster[key], error, self._gate)
             if limits := self._p90_limits(target.pair):
                 target.budget = rules.judge_p90_budget(name, target.series, min(limits))
+            if least := self._throughput_limits(target.pair):
+                batch = target.pair.profile.execution.batch_sizes[0]
+                target.throughput = rules.judge_throughput_budget(name, target.series, batch, max(least))
 
     def _duels(self) -> dict[str, Shift]:
         """Every race against a baseline so far, by target."""
@@ -286,8 +294,7 @@ class Check:
                     self._notices.append(f"{name}: too few runs to judge p{round(100 * quantile)}")
                 else:
                     yield tail
-        if target.budget is not None:
-            yield target.budget
+        yield from filter(None, (target.budget, target.throughput))
 
 
 @contextmanager

@@ -261,3 +261,16 @@ def judge_p90_budget(target: str, series: Series, limit: float) -> Finding:
         target=target, metric="p90 budget", verdict=verdict, reason=told, unit="ms", candidate=float(np.quantile(times, 0.9)),
         lower=_finite(lower), upper=_finite(upper), limit=limit,
     )  # fmt: skip
+
+
+def judge_throughput_budget(target: str, series: Series, batch: int, limit: float) -> Finding:
+    """Reached when the lower bound over the launches (95 %, Student's t) is, missed when the upper one is not; images/s."""
+    found = np.array([1e3 * batch / float(times.mean()) for times in series.times(CANDIDATE)])
+    lower, upper = statistics.mean_bounds(found)
+    told = f"between {lower:.6g} and {upper:.6g} images/s, at least {limit:.6g} is asked for"
+    open_or_kept = Verdict.PASS if lower >= limit else Verdict.INCONCLUSIVE
+    verdict = open_or_kept if upper >= limit else Verdict.FAIL
+    return Finding(
+        target=target, metric="throughput budget", verdict=verdict, reason=told, unit="images/s", candidate=float(found.mean()),
+        lower=_finite(lower), upper=_finite(upper), limit=limit,
+    )  # fmt: skip

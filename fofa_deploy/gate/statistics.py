@@ -97,3 +97,11 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
 def launches_for(asked: int, family: int) -> int:
     """Launches with which the smallest possible Wilcoxon p-value, 2^-K, survives Holm's correction over the family."""
     return max(asked, math.ceil(math.log2(max(family, 1) / LOOKS[0])))
+
+
+def mean_bounds(found: Times) -> tuple[float, float]:
+    """95 % bounds of the mean of independent launches, each bound by itself; one launch bounds nothing."""
+    if len(found) < 2:
+        return -math.inf, math.inf
+    half = float(stats.t.ppf(BOUND, len(found) - 1) * found.std(ddof=1) / math.sqrt(len(found)))
+    return float(found.mean()) - half, float(found.mean()) + half

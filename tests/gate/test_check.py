@@ -74,12 +74,13 @@ def test_wrong_preprocessing_fails_by_accuracy_although_the_file_is_the_same(bas
 
 def test_budgets_hold_without_any_baseline(copy):
     plan = json.loads((copy / "plan.json").read_text())
-    plan["budget"] = {"p90_ms": 1e-4, "size_bytes": 10**9, "peak_rss_bytes": 10**6}
+    plan["budget"] = {"p90_ms": 1e-4, "size_bytes": 10**9, "peak_rss_bytes": 10**6, "throughput_sps": 1e9}
     (copy / "plan.json").write_text(json.dumps(plan))
     done, report = run_check(copy)
     assert done.returncode == 1
     verdicts = {finding.metric: finding.verdict for finding in report.findings}
     assert verdicts.pop("top-1 against PyTorch") is Verdict.PASS
+    assert verdicts.pop("throughput budget") is Verdict.FAIL
     assert verdicts == {"p90 budget": Verdict.FAIL, "size budget": Verdict.PASS, "memory budget": Verdict.FAIL}
 
 

@@ -87,6 +87,17 @@ def test_the_budget_of_p90_is_kept_by_the_upper_bound_and_missed_by_the_lower(li
     assert rules.judge_p90_budget("cpu", few, limit).verdict is verdict
 
 
+@pytest.mark.parametrize(("limit", "verdict"), [(900, Verdict.PASS), (1100, Verdict.FAIL), (985, Verdict.INCONCLUSIVE)])
+def test_a_throughput_is_reached_by_the_lower_bound_and_missed_by_the_upper(limit, verdict):
+    few = Series(series().launches[:1]) if verdict is Verdict.INCONCLUSIVE else series()
+    assert rules.judge_throughput_budget("cpu", few, 1, limit).verdict is verdict
+
+
+def test_a_throughput_counts_every_image_of_a_batch():
+    one, four = (rules.judge_throughput_budget("cpu", series(), batch, 1).candidate for batch in (1, 4))
+    assert four == pytest.approx(4 * one)
+
+
 def test_memory_is_of_the_launches_in_which_a_rival_was_first():
     assert series().peak_rss_bytes(BASELINE) == 103
     assert series().peak_rss_bytes(CANDIDATE) == 104

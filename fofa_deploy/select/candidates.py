@@ -1,0 +1,82 @@
+"""Who may become the student: names and patterns -> candidates, each for the data set's own input size or for several.
+
+A plan that lists nobody gets the list of its target's kind of device (candidates.toml), which spans convolutional, attention,
+MLP and hybrid families.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from importlib import resources
+
+from pydantic import Field
+
+from fofa_deploy.config import ModelPlan, Side
+from fofa_deploy.errors import PlanError
+from fofa_deploy.types import Frozen, HardwareProfile
+
+LISTS = "candidates.toml"
+WILD = frozenset("*?[")
+
+
+class Candidate(Frozen):
+    """A network at one input size. Another size of the same network is another candidate."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="unique; also the name of its folder")
+    student: ModelPlan
+    image_size: tuple[Side, Side] = Field(description="height, width")
+
+
+class CandidatePlan(ModelPlan):
+    """One line of the list: a model, or for timm a pattern such as 'timm:mobilenetv3_small_*'."""
+
+    name: str | None = Field(default=None, description="default: the model's own, with the input size")
+
+
+def listed_for(profile: HardwareProfile) -> tuple[CandidatePlan, ...]:
+    """The curated list for a profile's kind of device."""
+    content = tomllib.loads(resources.files("fofa_deploy.select").joinpath(LISTS).read_text())
+    return tuple(CandidatePlan(model=name) for name in content[device_kind(profile)]["models"])
+
+
+def device_kind(profile: HardwareProfile) -> str:
+    """gpu, board (any ARM CPU) or cpu: a section of the lists."""
+    if profile.runtime.startswith("tensorrt") or "gpu" in profile.name or "cuda" in profile.name:
+        return "gpu"
+    return "board" if profile.device.architecture in ("arm64", "aarch64") else "cpu"
+
+
+def expand(listed: Sequence[CandidatePlan], image_sizes: Sequence[tuple[int, int]]) -> tuple[Candidate, ...]:
+    """Every candidate of a list, at every size.
+
+    Raises:
+        PlanError: a pattern that matches nothing, or two candidates of one name.
+    """
+    models = [(plan, name) for plan in listed for name in _models(plan.model)]
+    found = tuple(_candidate(plan, model, size) for plan, model in models for size in image_sizes)
+    names = [candidate.name for candidate in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        action = "remove the copy, or give each a name of its own in select.candidates"
+        raise PlanError(f"select.candidates has two candidates named {twice[0]!r}", action)
+    return found
+
+
+def _candidate(plan: CandidatePlan, model: str, size: tuple[int, int]) -> Candidate:
+    side = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+    name = plan.name or model.partition(":")[2]
+    student = ModelPlan(**{**plan.model_dump(exclude={"name"}), "model": model})
+    return Candidate(name=f"{name}-{side}", student=student, image_size=size)
+
+
+def _models(model: str) -> Iterable[str]:
+    kind, _, pattern = model.partition(":")
+    if kind != "timm" or not WILD & set(pattern):
+        return (model,)
+    import timm
+
+    matching = [name for name in timm.list_models() if fnmatchcase(name, pattern)]
+    if not matching:
+        raise PlanError(f"select.candidates: no timm model matches {pattern!r}", "look among timm.list_models()")
+    return [f"timm:{name}" for name in matching]

@@ -1,0 +1,137 @@
+"""What candidates take on this machine, measured: each is built by the first recipe of every family, and timed beside the others.
+
+Recipes of a family have one latency (`fofa_deploy.tune.search`). What the latency aid knows is neither built nor timed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fofa_deploy import environment
+from fofa_deploy.backend import get_backend
+from fofa_deploy.errors import BackendError, FofaError, StageError, UnavailableError, UserError
+from fofa_deploy.measure import Candidate, measure
+from fofa_deploy.results import Measurement
+from fofa_deploy.select.choose import Speed
+from fofa_deploy.select.table import Figures, LatencyTable, Setting
+from fofa_deploy.store import digest
+from fofa_deploy.tune.workbench import Workbench
+from fofa_deploy.types import Artifact, HardwareProfile, Probe, Recipe, digest_file
+
+GROUP = 8
+"""Artifacts that are loaded at a time, the common reference among them."""
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Those that ran, in their fastest recipe; and why a recipe or a whole candidate could not be built or run."""
+
+    found: tuple[Speed, ...]
+    recipes: dict[str, str]
+    reasons: dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    recipe: Recipe
+    setting: Setting
+
+
+class Stopwatch:
+    """The candidates of one target. Each has a workbench, and so a folder, of its own.
+
+    Raises:
+        BackendError: this machine cannot run the target.
+    """
+
+    def __init__(self, benches: Mapping[str, Workbench], profile: HardwareProfile, table: LatencyTable) -> None:
+        self._benches, self._profile, self._table = benches, profile, table
+        self._backend = get_backend(profile.runtime)
+        self._probe: Probe = self._backend.probe(profile)
+        if not self._probe.can_run:
+            raise BackendError(f"{profile.name} does not run here: {self._probe.reason}", "run fofa-deploy doctor")
+        self._reasons: dict[str, dict[str, str]] = {name: {} for name in benches}
+
+    def speeds(self) -> Speeds:
+        entries = [entry for name, bench in self._benches.items() for entry in self._entries(name, bench)]
+        known = [self._table.find(entry.setting) for entry in entries]
+        fresh = [entry for entry, figures in zip(entries, known, strict=True) if figures is None]
+        self._time([(entry, artifact) for entry in fresh if (artifact := self._built(entry))])
+        best: dict[str, tuple[str, Figures]] = {}
+        for entry in entries:
+            figures = self._table.find(entry.setting)
+            if figures and (entry.name not in best or figures.p50_ms < best[entry.name][1].p50_ms):
+                best[entry.name] = entry.recipe.name, figures
+        found = tuple(Speed(name=name, **figures.model_dump(exclude={"measured_at"})) for name, (_, figures) in best.items())
+        return Speeds(found, {name: recipe for name, (recipe, _) in best.items()}, self._reasons)
+
+    def _entries(self, name: str, bench: Workbench) -> list[_Entry]:
+        families: dict[str, Recipe] = {}
+        try:
+            recipes = self._backend.recipes(self._profile, bench.graph)
+        except (StageError, UserError, UnavailableError) as error:
+            self._reasons[name]["recipes"] = error.message
+            return []
+        for recipe in recipes:
+            families.setdefault(recipe.kin, recipe)
+        first = [recipe for recipe in families.values() if recipe.after not in families]
+        return [_Entry(name, recipe, self._setting(bench, recipe)) for recipe in first]
+
+    def _setting(self, bench: Workbench, recipe: Recipe) -> Setting:
+        return Setting(
+            fingerprint=environment.describe().fingerprint,
+            graph=digest_file(bench.graph.path),
+            recipe=digest([recipe, self._probe.versions]),
+            profile=digest(self._profile),
+            batch=self._profile.execution.batch_sizes[0],
+        )
+
+    def _built(self, entry: _Entry) -> Artifact | None:
+        bench = self._benches[entry.name]
+        bench.progress.say(f"{self._profile.name}: build {entry.name} ({entry.recipe.name})")
+        try:
+            return bench.build(self._profile, entry.recipe, self._probe)
+        except (StageError, UserError, UnavailableError) as error:
+            self._reasons[entry.name][entry.recipe.name] = error.message
+            return None
+
+    def _time(self, built: Sequence[tuple[_Entry, Artifact]]) -> None:
+        """In groups; the first artifact runs in every one, and the others' times are scaled to its first."""
+        if not built:
+            return
+        usual: float | None = None
+        for start in range(0, len(built), GROUP - 1):
+            group = [*(built[:1] if start else ()), *built[start : start + GROUP - 1]]
+            found = self._measured(group)
+            reference = found[0].latency_ms.p50 if isinstance(found[0], Measurement) else None
+            usual = usual or reference
+            factor = usual / reference if usual and reference else 1.0
+            for (entry, artifact), one in list(zip(group, found, strict=True))[1 if start else 0 :]:
+                self._keep(entry, artifact, one, factor)
+
+    def _measured(self, group: Sequence[tuple[_Entry, Artifact]]) -> list[Measurement | FofaError]:
+        batch = self._profile.execution.batch_sizes[0]
+        candidates = [
+            Candidate(
+                artifact=artifact.folder, profile=self._profile, golden=self._benches[entry.name].evidence.golden, batch=batch
+            )
+            for entry, artifact in group
+        ]
+        bench = self._benches[group[0][0].name]
+        return measure(candidates, bench.settings.measure, bench.settings.limits, bench.settings.seed, bench.progress)
+
+    def _keep(self, entry: _Entry, artifact: Artifact, found: Measurement | FofaError, factor: float) -> None:
+        if isinstance(found, FofaError):
+            self._reasons[entry.name][entry.recipe.name] = found.message
+            return
+        p90 = found.latency_ms.p90
+        figures = Figures(
+            p50_ms=factor * found.latency_ms.p50,
+            p90_ms=None if p90 is None else factor * p90,
+            throughput_sps=found.throughput_sps / factor,
+            size_bytes=artifact.size_bytes,
+            peak_rss_bytes=found.peak_rss_bytes,
+        )
+        self._table.keep(entry.setting, figures)
