@@ -10,7 +10,7 @@ from typing import Any
 
 from outcome import Record
 from rivals import WAYS
-from sheet import goal_rows, machine, pyplot, setting, table
+from sheet import goal_rows, logarithmic, machine, pyplot, setting, table
 from standing import OURS, Frontier, Place, Standing, goals, places
 
 from fofa_deploy.store import write_atomic
@@ -127,8 +127,10 @@ def draw(decided: Sequence[Place], path: Path) -> None:
     for target, panel in zip(targets, panels[0], strict=True):
         for number, way in enumerate(NAMES):
             _line(panel, [place for place in decided if place.target == target], way, number)
-        panel.set(xscale="log", xlabel="p90 budget, ms", title=target)
-        panel.grid(alpha=0.3)
+        panel.set(xlabel="p90 budget, ms", title=target)
+        logarithmic(panel)
+        budgets = sorted({place.budget_ms for place in decided if place.target == target})
+        panel.set_xticks(budgets, [f"{budget:.3g}" for budget in budgets])
     panels[0][0].set_ylabel("test accuracy of the artifact, %")
     drawn.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     drawn.savefig(path, metadata={"Date": None})

@@ -179,10 +179,23 @@ def draw(record: Record, path: Path) -> None:
         for number, budget in enumerate(times.budgets_ms):
             panel.axvline(budget, color=f"C{number + 1}", linestyle="--", linewidth=1)
             _ring(panel, times, record, budget, f"C{number + 1}", 260 + 160 * number)
-        panel.set(xscale="log", xlabel="p90, ms", ylabel="validation accuracy, %", title=times.target)
-        panel.grid(alpha=0.3)
+        panel.set(xlabel="p90, ms", ylabel="validation accuracy, %", title=times.target)
+        logarithmic(panel)
     figure.savefig(path, metadata={"Date": None})
     plot.close(figure)
+
+
+def logarithmic(panel: Any) -> None:  # noqa: ANN401
+    """Latencies, with ticks in plain milliseconds that do not run into each other."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.margins(x=0.12)
+    panel.grid(alpha=0.3)
 
 
 def _dots(panel: Any, times: Times, record: Record) -> None:  # noqa: ANN401
