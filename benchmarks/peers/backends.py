@@ -51,7 +51,7 @@ class _PeersOwn:
 
 class PeersOpenVino(_PeersOwn):
     """IR as its authors' documentation opens it: with no property at all where the profile leaves the threads to the
-    runtime (``threads = 0``), else for latency with that many."""
+    runtime (``threads = 0``), else for latency with that many, and with all shapes known at the profile's batch sizes."""
 
     name = "peers-openvino"
 
@@ -62,8 +62,17 @@ class PeersOpenVino(_PeersOwn):
 
         threads = profile.execution.threads
         config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads} if threads else {}
-        compiled = ov.Core().compile_model(artifact.path, "CPU", config)
-        return _Renamed(OpenVinoSession(compiled), compiled.outputs[0].get_any_name(), artifact)
+
+        def compiled(batch: int | None) -> Any:  # noqa: ANN401 - openvino is untyped
+            model = ov.Core().read_model(artifact.path)
+            if batch is not None:
+                shape = model.input().get_partial_shape()
+                shape[0] = batch
+                model.reshape(shape)
+            return ov.Core().compile_model(model, "CPU", config)
+
+        output = ov.Core().read_model(artifact.path).outputs[0].get_any_name()
+        return _Renamed(OpenVinoSession(compiled, profile.execution.batch_sizes if threads else ()), output, artifact)
 
 
 class _Renamed:

@@ -1,0 +1,42 @@
+"""A selection as a user would have it made: a plan with ``student.model = "auto"``, the contenders listed, the budget set."""
+
+from __future__ import annotations
+
+import time
+
+from outcome import Picked
+from workroom import DATA_SEED, Workroom
+
+from fofa_deploy.config import ModelPlan, RunPlan
+from fofa_deploy.pipeline import opened
+from fofa_deploy.select.record import Selection
+
+AUTO = ModelPlan(model="auto")
+
+
+def choose(room: Workroom, target: str, budget_ms: float) -> Picked:
+    """Let the pipeline choose among the contenders for a target and a p90 budget; the stage is kept, and is not run twice."""
+    name = f"selection-{target}-{budget_ms:.6f}"
+    started = time.monotonic()
+    with opened(_plan(room, target, budget_ms, name), room.folder / "runs" / name, room.progress) as run:
+        assert run.selection
+        chosen, images = told(run.selection)
+    return Picked(target=target, budget_ms=budget_ms, contender=chosen, images=images, seconds=time.monotonic() - started)
+
+
+def _plan(room: Workroom, target: str, budget_ms: float, name: str) -> RunPlan:
+    usual = room.plan(AUTO, "default", DATA_SEED, name).model_dump()
+    listed = [{"name": one.name, **one.plan.model_dump()} for one in room.scale.field]
+    changes = {"targets": (target,), "budget": {"p90_ms": budget_ms}, "select": {"candidates": listed}}
+    return RunPlan.model_validate({**usual, **changes})
+
+
+def told(selection: Selection) -> tuple[str, dict[str, int]]:
+    """The contender that was chosen, and how many images each one was trained on for it, as often as they were seen."""
+    images = {_contender(one.name): round(sum(point.seen for point in one.rungs)) for one in selection.candidates}
+    return _contender(selection.name), images
+
+
+def _contender(candidate: str) -> str:
+    """A candidate's name says its input size, too."""
+    return candidate.rpartition("-")[0]
