@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from outcome import Picked
@@ -10,6 +11,7 @@ from workroom import DATA_SEED, Workroom
 from fofa_deploy.config import ModelPlan, RunPlan
 from fofa_deploy.pipeline import opened
 from fofa_deploy.select.record import Selection
+from fofa_deploy.select.table import FOLDER
 
 AUTO = ModelPlan(model="auto")
 
@@ -17,6 +19,7 @@ AUTO = ModelPlan(model="auto")
 def choose(room: Workroom, target: str, budget_ms: float) -> Picked:
     """Let the pipeline choose among the contenders for a target and a p90 budget; the stage is kept, and is not run twice."""
     name = f"selection-{target}-{budget_ms:.6f}"
+    os.environ[FOLDER] = str(room.folder / "latencies")  # what other runs on this machine have measured decides nothing here
     started = time.monotonic()
     with opened(_plan(room, target, budget_ms, name), room.folder / "runs" / name, room.progress) as run:
         assert run.selection

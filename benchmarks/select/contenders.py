@@ -64,8 +64,8 @@ class Scale(Frozen):
     """How much of everything; two records of different scales cannot be mixed."""
 
     contenders: tuple[str, ...] = tuple(contender.name for contender in CONTENDERS)
-    images: int = 3_000
-    epochs: int = 14
+    images: int = 5_000
+    epochs: int = 8
     teacher_images: int = 20_000
     teacher_epochs: int = 5
     floor: float = 0.85

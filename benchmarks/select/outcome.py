@@ -152,7 +152,7 @@ def goals(record: Record) -> list[Goal]:
     return [
         _goal("largest regret over all budgets", REGRET, max(regrets, default=None), "points of accuracy", whole),
         _goal("largest cost of a selection / cost of training all", COST, max(costs, default=None), "", whole),
-        *(_at_least_as_good(f"choosing by {name}", way, found, whole) for name, way in RULES.items()),
+        *(_at_least_as_good(f"choosing by {name}", way, found, wanted) for name, way in RULES.items()),
     ]
 
 
@@ -170,13 +170,12 @@ def _goal(name: str, limit: float, measured: float | None, unit: str, whole: boo
     return Goal(name=name, goal=f"<= {limit:g}", measured=shown, unit=unit, met=met)
 
 
-def _at_least_as_good(name: str, way: str, found: Sequence[Verdict], whole: bool) -> Goal:
+def _at_least_as_good(name: str, way: str, found: Sequence[Verdict], wanted: int) -> Goal:
     good = sum(_or_infinite(one.regret["chosen"]) <= _or_infinite(one.regret[way]) for one in found)
-    goal = f"{len(found)} of {len(found)}"
     return Goal(
         name=f"budgets with an accuracy not below that of {name}",
-        goal=goal,
+        goal=f"{wanted} of {wanted}",
         measured=f"{good} of {len(found)}",
         unit="",
-        met=whole and good == len(found),
+        met=bool(found) and good == wanted,
     )
