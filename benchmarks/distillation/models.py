@@ -78,11 +78,11 @@ def cnn_student(num_classes: int, in_chans: int) -> nn.Module:
 
 
 def hybrid_teacher(num_classes: int, in_chans: int) -> nn.Module:
-    return Hybrid(96, 3, in_chans, num_classes)
+    return Hybrid(64, 3, in_chans, num_classes)
 
 
 def mixer_teacher(num_classes: int, in_chans: int) -> nn.Module:
-    return MlpMixer(num_classes, SIDE, in_chans, patch_size=4, num_blocks=4, embed_dim=128)
+    return MlpMixer(num_classes, SIDE, in_chans, patch_size=4, num_blocks=3, embed_dim=96)
 
 
 def mixer_student(num_classes: int, in_chans: int) -> nn.Module:

@@ -122,7 +122,7 @@ def data(root: str, limit: int | None) -> DataPlan:
 
 
 def teacher(kind: str) -> TeacherPlan:
-    fit = TrainPlan(epochs=TEACHER_EPOCHS, batch_size=128, lr=2e-3, warmup_epochs=0.5)
+    fit = TrainPlan(epochs=TEACHER_EPOCHS, batch_size=128, lr=2e-3, warmup_epochs=0.5, channels_last=True)
     return TeacherPlan(model=f"models:{kind}_teacher", taps=TEACHER_TAPS[kind], floor_top1=0.85, fit=fit)
 
 
@@ -131,5 +131,12 @@ def student(kind: str) -> ModelPlan:
 
 
 def plan(method: Method, choice: Settings, epochs: int) -> DistillPlan:
-    common = {"epochs": epochs, "batch_size": 128, "lr": 2e-3, "warmup_epochs": 1.0, "checkpoint_seconds": 600.0}
+    common = {
+        "epochs": epochs,
+        "batch_size": 128,
+        "lr": 2e-3,
+        "warmup_epochs": 1.0,
+        "channels_last": True,
+        "checkpoint_seconds": 600.0,
+    }
     return DistillPlan.model_validate({**common, **method.plan, **choice})
