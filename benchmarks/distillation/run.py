@@ -1,5 +1,6 @@
 """Distillation methods compared: same students, schedules and augmentation, several seeds, test images read once.
 
+python benchmarks/distillation/run.py rate            # each student's learning rate, alone, on validation images
 python benchmarks/distillation/run.py screen          # forms of feedback, on validation images
 python benchmarks/distillation/run.py tune            # each method's setting, on validation images
 python benchmarks/distillation/run.py compare         # the table, on test images
@@ -44,6 +45,13 @@ class Training:
     choice: int
     seed: int
     epochs: int
+    rate: float | None = None
+    """None: the method's own setting."""
+
+    @property
+    def settings(self) -> study.Settings:
+        rate = {} if self.rate is None else {"lr": self.rate}
+        return {**rate, **self.method.plan, **self.method.choices[self.choice]}
 
     @property
     def key(self) -> dict:
@@ -52,7 +60,7 @@ class Training:
             "regime": self.regime.name,
             "pair": self.pair.name,
             "method": self.method.name,
-            "plan": {**self.method.plan, **self.method.choices[self.choice]},
+            "plan": self.settings,
             "seed": self.seed,
             "epochs": self.epochs,
         }
@@ -83,7 +91,7 @@ class Room:
     def train(self, training: Training) -> None:
         final = training.phase == "compare"
         workshop = self.workshop(training.regime.limit, training.seed, final)
-        plan = study.plan(training.method, training.method.choices[training.choice], training.epochs)
+        plan = study.plan(training.settings, training.epochs)
         taught_by = study.teacher(training.pair.teacher), self.teacher(training.pair.teacher)
         shelf = _shelf(self.work, training.key)
         workshop.distill(study.student(training.pair.student), plan, shelf, taught_by)
@@ -133,31 +141,42 @@ def _is_done(training: Training, lines: list[dict]) -> bool:
 # --- phases ---------------------------------------------------------------------------------------------------
 
 
+def rate(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
+    """Every learning rate, once per student, on half the schedule."""
+    for student in sorted({pair.student for pair in study.PAIRS}):
+        pair = next(pair for pair in study.PAIRS if pair.student == student)
+        for choice in range(len(study.RATES.choices)):
+            yield Training("rate", regime, pair, study.RATES, choice, TUNING_SEED, max(1, epochs // 2))
+
+
 def screen(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
     """Every form of feedback and every ablation, on the pairs whose students gain most."""
+    rates = _rates(regime)
     for seed in range(SCREENING_SEED, SCREENING_SEED + seeds):
         for pair in study.PAIRS[:2]:
             for method in (*study.FORMS, *study.ABLATIONS):
-                yield Training("screen", regime, pair, method, 0, seed, epochs)
+                yield Training("screen", regime, pair, method, 0, seed, epochs, rates[pair.student])
 
 
 def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
     """Every setting of every method, once per pair, on half the schedule."""
+    rates = _rates(regime)
     for pair in study.PAIRS:
         for method in study.METHODS:
             for choice in range(len(method.choices) if len(method.choices) > 1 else 0):
-                yield Training("tune", regime, pair, method, choice, TUNING_SEED, max(1, epochs // 2))
+                yield Training("tune", regime, pair, method, choice, TUNING_SEED, max(1, epochs // 2), rates[pair.student])
 
 
 def compare(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
     """Every method at its tuned setting; seeds outermost, so that what is there is always comparable."""
-    lines = recorded()
+    lines, rates = recorded(), _rates(regime)
     for seed in range(seeds):
         for pair in study.PAIRS:
             for method in (*study.METHODS, *study.ABLATIONS, *study.LONGER):
                 length = _equal_compute(method, regime, pair, epochs) if method.longer else epochs
                 if length is not None:
-                    yield Training("compare", regime, pair, method, _tuned(method, regime, lines), seed, length)
+                    choice = _tuned(method, regime, lines)
+                    yield Training("compare", regime, pair, method, choice, seed, length, rates[pair.student])
 
 
 def _equal_compute(method: study.Method, regime: study.Regime, pair: study.Pair, epochs: int) -> int | None:
@@ -170,6 +189,18 @@ def _equal_compute(method: study.Method, regime: study.Regime, pair: study.Pair,
     if not {method.tuned_as, study.DEFAULT} <= seconds.keys():
         return None
     return round(epochs * max(1.0, seconds[study.DEFAULT] / seconds[method.tuned_as]))
+
+
+def _rates(regime: study.Regime) -> dict[str, float]:
+    """student -> the learning rate with which it validated best when trained alone."""
+    best: dict[str, tuple[float, float]] = {}
+    for line in recorded():
+        if (line["phase"], line.get("regime")) == ("rate", regime.name):
+            student = line["pair"].split()[-1]
+            best[student] = max(best.get(student, (0.0, 0.0)), (line["validation"], line["plan"]["lr"]))
+    if missing := {pair.student for pair in study.PAIRS} - best.keys():
+        raise click.ClickException(f"no learning rate yet for {', '.join(sorted(missing))}: run the phase 'rate' first")
+    return {student: lr for student, (_, lr) in best.items()}
 
 
 def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int:
@@ -185,7 +216,7 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
             if line["phase"] == "tune"
             and line["regime"] == regime.name
             and line["method"] == method.tuned_as
-            and line["plan"] == wanted
+            and wanted.items() <= line["plan"].items()
         ]
         if len(found) != len(study.PAIRS):
             raise click.ClickException(f"{method.name} is not tuned yet: run the phase 'tune' first")
@@ -193,7 +224,7 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
     return means.index(max(means))
 
 
-PHASES = {"screen": screen, "tune": tune, "compare": compare}
+PHASES = {"rate": rate, "screen": screen, "tune": tune, "compare": compare}
 
 
 @click.command()

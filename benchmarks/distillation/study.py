@@ -68,8 +68,11 @@ def _fofa(name: str, **settings: Any) -> Method:  # noqa: ANN401 - fields of a p
 
 
 TEMPERATURES = tuple({"temperature": value} for value in (1.0, 2.0, 4.0))
+RATES = Method("alone", {"method": "none"}, tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)))
+"""Tried first: whatever suits a student alone is the learning rate of every method that teaches it."""
+
 METHODS = (
-    Method("alone", {"method": "none"}, tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3))),
+    Method("alone", {"method": "none"}, tuple({"label_smoothing": value} for value in (0.0, 0.05, 0.1))),
     Method("KD", {"method": "kd", "balance": "fixed"}, TEMPERATURES),
     Method("DKD", {"method": "dkd", "balance": "fixed", "dkd_beta": 2.0}, TEMPERATURES),
     Method("DIST", {"method": "dist", "balance": "fixed"}, TEMPERATURES),
@@ -130,13 +133,6 @@ def student(kind: str) -> ModelPlan:
     return ModelPlan(model=f"models:{kind}_student", taps=STUDENT_TAPS[kind])
 
 
-def plan(method: Method, choice: Settings, epochs: int) -> DistillPlan:
-    common = {
-        "epochs": epochs,
-        "batch_size": 128,
-        "lr": 2e-3,
-        "warmup_epochs": 1.0,
-        "channels_last": True,
-        "checkpoint_seconds": 600.0,
-    }
-    return DistillPlan.model_validate({**common, **method.plan, **choice})
+def plan(settings: Settings, epochs: int) -> DistillPlan:
+    common = {"batch_size": 128, "warmup_epochs": 1.0, "channels_last": True, "checkpoint_seconds": 600.0}
+    return DistillPlan.model_validate({**common, "epochs": epochs, **settings})
