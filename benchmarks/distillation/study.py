@@ -68,7 +68,7 @@ def _fofa(name: str, **settings: Any) -> Method:  # noqa: ANN401 - fields of a p
 
 
 TEMPERATURES = tuple({"temperature": value} for value in (1.0, 2.0, 4.0))
-RATES = Method("alone", {"method": "none"}, tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)))
+RATES = Method("alone", {"method": "none"}, tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)))
 """Tried first: whatever suits a student alone is the learning rate of every method that teaches it."""
 
 METHODS = (
