@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -219,11 +220,22 @@ def versions() -> dict[str, str]:
     return {"openvino": ov.__version__, "nncf": version("nncf")}
 
 
+@cache
+def _core() -> Any:  # noqa: ANN401 - openvino is untyped
+    """One for the process, never let go.
+
+    Each core gives the thread a stack for signal handlers, and gives back the one that it found, even where that one's
+    core has gone meanwhile: of two cores, the older dropped first, what remains is a stack in unmapped memory, and the
+    next signal with a handler (a child's end, after a data loader with workers) ends the process.
+    """
+    return ov.Core()
+
+
 def _refusal(device: str) -> str:
     """Why this device cannot be used, or nothing."""
     if device.upper().startswith(_VIRTUAL_DEVICES):
         return f"{device} would choose a device silently: name one"
-    available = ov.Core().available_devices
+    available = _core().available_devices
     return "" if device in available or f"{device}.0" in available else f"OpenVINO sees {', '.join(available)} and no {device}"
 
 
@@ -231,7 +243,7 @@ def _capabilities(device: str) -> set[Precision]:
     if _refusal(device):
         return {Precision.FP32}
     spelled = {"FP32": Precision.FP32, "BF16": Precision.BF16, "FP16": Precision.FP16, "INT8": Precision.INT8}
-    return {spelled[name] for name in ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES") if name in spelled}
+    return {spelled[name] for name in _core().get_property(device, "OPTIMIZATION_CAPABILITIES") if name in spelled}
 
 
 def _compile(path: Path, recipe: Recipe, threads: int | None, batch: int | None, **more: bool) -> Any:  # noqa: ANN401
@@ -258,8 +270,8 @@ def _compile_on(device: str, path: Path, threads: int | None, batch: int | None 
         config["INFERENCE_NUM_THREADS"] = threads
     if device == "CPU":
         config[RUNTIME_CACHE] = 0
-    core = ov.Core()
-    compiled = core.compile_model(path if batch is None else _sized(core.read_model(path), batch), device, config)
+    target = path if batch is None else _sized(_core().read_model(path), batch)
+    compiled = _core().compile_model(target, device, config)
     bound = compiled.get_property("EXECUTION_DEVICES")
     if any(name.split(".")[0] != device.split(".")[0] for name in bound):
         raise BackendError(f"OpenVINO bound {bound} and not {device}", "check the device's driver")
@@ -300,7 +312,7 @@ def _read(source: onnx.ModelProto, recipe: Recipe, calibration: Calibration | No
     pairs = recipe.options.get("method") == "qdq"
     if pairs:
         source = quantized(source, require_calibration(recipe, calibration), Scheme.of(recipe))
-    model = ov.Core().read_model(flatten_scales(source).SerializeToString())
+    model = _core().read_model(flatten_scales(source).SerializeToString())
     if pairs or recipe.precision is not Precision.INT8:
         return model
     return _quantize(model, recipe, require_calibration(recipe, calibration))

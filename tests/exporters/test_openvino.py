@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,3 +73,31 @@ def test_quantizing_is_silent(captured: dict[str, Captured], tmp_path: Path, cap
     recipe = backend.recipes(profile, captured["cnn"].graph)[0]
     backend.build(captured["cnn"].graph, recipe, captured["cnn"].calibration, tmp_path)
     assert capsys.readouterr().out == ""
+
+
+OVERLAPPING = """
+import faulthandler, signal, subprocess, sys
+from pathlib import Path
+from fofa_deploy.backend import get_backend
+from fofa_deploy.profile import find_profile
+from fofa_deploy.types import Artifact
+
+faulthandler.enable()  # gives the thread a stack for handlers, as pytest does
+signal.signal(signal.SIGCHLD, lambda *_: print("a child ended"))  # as data loaders with workers do
+artifact, profile, backend = Artifact.load(Path(sys.argv[1])), find_profile("cpu-openvino"), get_backend("openvino")
+first, second = backend.load(artifact, profile), backend.load(artifact, profile)
+with first:
+    pass
+del first
+with second:
+    pass
+del second
+subprocess.run([sys.executable, "-c", ""], check=True)
+"""
+
+
+def test_sessions_may_end_in_any_order(build: Callable[[str, str, str], Built]):
+    folder = build("openvino", "cnn", "fp32").artifact.folder
+    ended = subprocess.run([sys.executable, "-c", OVERLAPPING, folder], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "a child ended" in ended.stdout
