@@ -159,12 +159,12 @@ def screen(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
 
 
 def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
-    """Every setting of every method, once per pair, on half the schedule."""
+    """Every setting of every method, once per pair, on a quarter of the schedule."""
     rates = _rates(regime)
     for pair in study.PAIRS:
         for method in study.METHODS:
             for choice in range(len(method.choices) if len(method.choices) > 1 else 0):
-                yield Training("tune", regime, pair, method, choice, TUNING_SEED, max(1, epochs // 2), rates[pair.student])
+                yield Training("tune", regime, pair, method, choice, TUNING_SEED, max(1, epochs // 4), rates[pair.student])
 
 
 def compare(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
