@@ -29,6 +29,7 @@ def write(lines: Sequence[dict]) -> None:
         *_teachers(lines),
     ]
     for regime in study.REGIMES:
+        parts += _settings([line for line in lines if line.get("regime") == regime], regime)
         parts += _comparison(_latest(lines, "compare", regime, "test"), regime)
         parts += _screening(_latest(lines, "screen", regime, "validation"), lines, regime)
     (HERE / "README.md").write_text("\n".join(parts).rstrip() + "\n")
@@ -37,6 +38,26 @@ def write(lines: Sequence[dict]) -> None:
 def _teachers(lines: Iterable[dict]) -> list[str]:
     rows = [f"| {x['teacher']} | {x['test']:.2%} | {x['validation']:.2%} |" for x in lines if x["phase"] == "teacher"]
     return ["## Teachers", "", "| family | test | validation |", "|---|---|---|", *rows, ""] if rows else []
+
+
+def _settings(lines: Sequence[dict], regime: str) -> list[str]:
+    """What was tried on validation images before anything was compared."""
+    tried: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for line in lines:
+        if line["phase"] == "rate":
+            tried["rate", f"{line['pair'].split()[-1]} alone", f"learning rate {line['plan']['lr']:g}"].append(line["validation"])
+        elif line["phase"] == "tune":
+            own = {name: value for name, value in line["plan"].items() if name in study.TUNED}
+            tried["tune", line["method"], json.dumps(own)].append(line["validation"])
+    if not tried:
+        return []
+    best = {key[:2]: max(mean(tried[other]) for other in tried if other[:2] == key[:2]) for key in tried}
+    rows = [
+        f"| {who} | {setting} | {100 * mean(found):.2f}{' (best)' if mean(found) == best[phase, who] else ''} | {len(found)} |"
+        for (phase, who, setting), found in sorted(tried.items())
+    ]
+    head = ["| who | setting | validation accuracy, mean over pairs | pairs |", "|---|---|---|---|"]
+    return [f"## Settings tried on validation images, {_described(regime)}", "", *head, *rows, ""]
 
 
 def _latest(lines: Iterable[dict], phase: str, regime: str, score: str) -> dict[str, dict[Block, float]]:

@@ -88,6 +88,9 @@ LONGER = tuple(
 )
 """At their tuned settings. What they gain by it is what a dearer method has to be worth."""
 
+TUNED = ("label_smoothing", "temperature", "weights", "ofa_gamma")
+"""What the methods above choose from, beside the learning rate of their student."""
+
 LATE = {"prompted_stages": [3]}
 ALL = {"prompted_stages": [1, 2, 3, 4]}
 FORMS = (
