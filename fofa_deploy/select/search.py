@@ -13,7 +13,7 @@ from fofa_deploy.capture import capture
 from fofa_deploy.config import AUTO, MeasurePlan, RunPlan
 from fofa_deploy.data import preprocessing
 from fofa_deploy.distill.job import Taught, Workshop
-from fofa_deploy.errors import BackendError, PlanError, StageError, UnavailableError, UserError
+from fofa_deploy.errors import PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.models import parameter_count
 from fofa_deploy.select.candidates import Candidate, expand, listed_for
 from fofa_deploy.select.choose import Scored, Speed, choose, fitting, front, misses
@@ -97,7 +97,7 @@ class Selector:
     # --- measuring ------------------------------------------------------------------------------------------------
 
     def _measured(self, candidates: Sequence[Candidate]) -> tuple[dict[str, Speeds], list[str], dict[str, int]]:
-        """By target, those this machine can run; what could not be measured; and everybody's parameters."""
+        """By target, those this machine or their device can run; what could not be measured; and everybody's parameters."""
         notices: list[str] = []
         found: dict[str, Speeds] = {}
         parameters: dict[str, int] = {}
@@ -111,12 +111,14 @@ class Selector:
                     notices.append(f"{candidate.name} cannot be captured: {error.message}")
             for profile in self.profiles:
                 try:
-                    found[profile.name] = Stopwatch(benches, profile, self.table).speeds()
-                except BackendError as error:
-                    notices.append(f"{error.message}: it has no say in the choice")
+                    stopwatch = Stopwatch(benches, profile, self.table)
+                except (StageError, UserError, UnavailableError) as error:
+                    notices.append(f"{error.message}: {profile.name} has no say in the choice")
+                else:
+                    found[profile.name] = stopwatch.speeds()
         if not found:
-            action = "add a target that this machine can run, or name the student"
-            raise PlanError(f"student.model = {AUTO!r}, and no target can be measured here: {'; '.join(notices)}", action)
+            action = "add a target that this machine or a device can run, or name the student"
+            raise PlanError(f"student.model = {AUTO!r}, and no target can be measured: {'; '.join(notices)}", action)
         return found, notices, parameters
 
     def _bench(self, candidate: Candidate, store: Store) -> tuple[Workbench, int]:

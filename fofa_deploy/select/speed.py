@@ -1,4 +1,4 @@
-"""What candidates take on this machine, measured: each is built by the first recipe of every family, and timed beside the others.
+"""What candidates take on a target, measured: each is built by the first recipe of every family, and timed beside the others.
 
 Recipes of a family have one latency (`fofa_deploy.tune.search`). What the latency aid knows is neither built nor timed again.
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fofa_deploy import environment
 from fofa_deploy.backend import get_backend
-from fofa_deploy.errors import BackendError, FofaError, StageError, UnavailableError, UserError
-from fofa_deploy.measure import Candidate, measure
+from fofa_deploy.errors import FofaError, StageError, UnavailableError, UserError
+from fofa_deploy.measure import Candidate
 from fofa_deploy.results import Measurement
 from fofa_deploy.select.choose import Speed
+from fofa_deploy.select.clocks import Clock, clock_for
 from fofa_deploy.select.table import Figures, LatencyTable, Setting
 from fofa_deploy.store import digest
 from fofa_deploy.tune.workbench import Workbench
@@ -42,17 +42,26 @@ class _Entry:
 class Stopwatch:
     """The candidates of one target. Each has a workbench, and so a folder, of its own.
 
+    Args:
+        clock: of the device; default: the one that the profile names, else this machine's.
+
     Raises:
-        BackendError: this machine cannot run the target.
+        FofaError: neither this machine nor the device that the profile names can run the target.
     """
 
-    def __init__(self, benches: Mapping[str, Workbench], profile: HardwareProfile, table: LatencyTable) -> None:
+    def __init__(
+        self, benches: Mapping[str, Workbench], profile: HardwareProfile, table: LatencyTable, clock: Clock | None = None
+    ) -> None:
         self._benches, self._profile, self._table = benches, profile, table
         self._backend = get_backend(profile.runtime)
         self._probe: Probe = self._backend.probe(profile)
-        if not self._probe.can_run:
-            raise BackendError(f"{profile.name} does not run here: {self._probe.reason}", "run fofa-deploy doctor")
+        self._clock = clock or clock_for(profile, self._probe)
         self._reasons: dict[str, dict[str, str]] = {name: {} for name in benches}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the device that is timed on."""
+        return self._clock.fingerprint
 
     def speeds(self) -> Speeds:
         entries = [entry for name, bench in self._benches.items() for entry in self._entries(name, bench)]
@@ -81,7 +90,7 @@ class Stopwatch:
 
     def _setting(self, bench: Workbench, recipe: Recipe) -> Setting:
         return Setting(
-            fingerprint=environment.describe().fingerprint,
+            fingerprint=self._clock.fingerprint,
             graph=digest_file(bench.graph.path),
             recipe=digest([recipe, self._probe.versions]),
             profile=digest(self._profile),
@@ -120,7 +129,7 @@ class Stopwatch:
             for entry, artifact in group
         ]
         bench = self._benches[group[0][0].name]
-        return measure(candidates, bench.settings.measure, bench.settings.limits, bench.settings.seed, bench.progress)
+        return self._clock.times(candidates, bench.settings, bench.progress)
 
     def _keep(self, entry: _Entry, artifact: Artifact, found: Measurement | FofaError, factor: float) -> None:
         if isinstance(found, FofaError):

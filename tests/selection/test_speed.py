@@ -1,16 +1,22 @@
-"""Real graphs, built and timed on ONNX Runtime."""
+"""Real graphs, built here and timed on ONNX Runtime: here, and on a device behind a real SSH server."""
 
+import os
+import shutil
+import sys
 from contextlib import ExitStack
 
 import pytest
+import remote_sshd
 from tiny import write_graph
 
+from fofa_deploy import environment
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
+from fofa_deploy.errors import BackendError, FofaError
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.select import speed
 from fofa_deploy.select.speed import Stopwatch
-from fofa_deploy.select.table import LatencyTable
+from fofa_deploy.select.table import Entry, LatencyTable
 from fofa_deploy.store import Store
 from fofa_deploy.tune import Evidence, Settings
 from fofa_deploy.tune.workbench import Workbench
@@ -70,3 +76,64 @@ def test_groups_share_their_first_artifact_and_nobody_is_lost(opened, tmp_path, 
     monkeypatch.setattr(speed, "GROUP", 2)
     found = Stopwatch(opened("run", "a", "b", "c"), PROFILE, LatencyTable(tmp_path / "aid"))
     assert {one.name for one in found.speeds().found} == {"a", "b", "c"}
+
+
+# --- elsewhere
+
+
+@pytest.fixture
+def board(tmp_path, monkeypatch):
+    """A server that plain ``ssh`` reaches as board, as it would by a user's own configuration; and a profile that is on it."""
+    if remote_sshd.SSHD is None:
+        pytest.skip("sshd is not installed (Debian: apt-get install openssh-server)")
+    server = remote_sshd.start(tmp_path)
+    (tmp_path / "bin").mkdir()
+    command = tmp_path / "bin" / "ssh"
+    command.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {server.config} "$@"\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    device = PROFILE.device.model_copy(update={"host": "board", "python": sys.executable})
+    yield server, PROFILE.model_copy(update={"name": "board", "device": device})
+    server.process.terminate()
+    server.process.wait(20)
+
+
+def test_candidates_of_a_device_elsewhere_are_timed_there_and_kept_by_its_fingerprint(opened, tmp_path, board):
+    server, profile = board
+    table = LatencyTable(tmp_path / "aid")
+    stopwatch = Stopwatch(opened("run", "good", "broken"), profile, table)
+    there = stopwatch.fingerprint
+    assert there != environment.describe().fingerprint, "the device tells fewer packages than this process"
+    found = stopwatch.speeds()
+    assert [one.name for one in found.found] == ["good"]
+    assert found.found[0].p50_ms > 0
+    assert found.reasons["broken"]
+    (kept,) = table.folder.rglob("*.json")
+    assert Entry.model_validate_json(kept.read_bytes()).setting.fingerprint == there
+    assert server.left() == []
+
+
+def test_the_aid_spares_a_device_its_second_selection(opened, tmp_path, board):
+    table = LatencyTable(tmp_path / "aid")
+    first = Stopwatch(opened("one", "good"), board[1], table).speeds()
+    assert Stopwatch(opened("two", "good"), board[1], table).speeds().found == first.found
+    assert not built(tmp_path / "two")
+
+
+def test_a_device_that_does_not_answer_is_told_before_anything_is_built(opened, tmp_path, board):
+    _, profile = board
+    dead = profile.model_copy(update={"device": profile.device.model_copy(update={"host": "dead"})})
+    with pytest.raises(FofaError, match="dead"):
+        Stopwatch(opened("run", "good"), dead, LatencyTable(tmp_path / "aid"))
+    assert not built(tmp_path / "run")
+
+
+def test_a_device_that_is_lost_on_the_way_ends_the_selection_and_disqualifies_nobody(opened, tmp_path, board):
+    server, profile = board
+    table = LatencyTable(tmp_path / "aid")
+    stopwatch = Stopwatch(opened("run", "good"), profile, table)
+    server.process.terminate()
+    server.process.wait(20)
+    with pytest.raises(BackendError, match="board"):
+        stopwatch.speeds()
+    assert not list(table.folder.rglob("*.json"))
