@@ -84,6 +84,11 @@ class SelectPlan(Frozen):
     """How the student of ``student.model = "auto"`` is chosen; docs/selection.md."""
 
     candidates: tuple[CandidatePlan, ...] = Field(default=(), description="default: a list for the first target's kind of device")
+    fit: Literal["all", "each"] = Field(
+        default="all",
+        exclude_if=lambda fit: fit == "all",  # plans without it are what they were, and so are their stages' keys
+        description="all: one student that keeps every target's budget; each: one is chosen for each target",
+    )
     rungs: Annotated[int, Field(ge=1, le=6)] = Field(default=3, description="short trainings; each is twice the one before")
     keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=0.5, description="share of the candidates that climbs on")
     first: Annotated[float, Field(gt=0.0, le=1.0)] = Field(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fofa_deploy.config import DistillPlan, SelectPlan
@@ -59,6 +59,8 @@ class Halving:
     taught_by: Taught | None
     stage: Stage
     decisive: Mapping[str, object]
+    known: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Scores by candidate and rung: who climbs for several targets does so once."""
 
     def climb(self, candidates: Sequence[Candidate]) -> dict[str, Curve]:
         """Every candidate's points, as far as it got; those that were dropped have fewer."""
@@ -66,7 +68,10 @@ class Halving:
         left = list(candidates)
         for rung in ladder(self.plan, self.distill.epochs, len(self.workshop.data.train)):
             for candidate in left:
-                points[candidate.name].append(Point(seen=rung.seen, top1=self._score(candidate, rung)))
+                place = candidate.name, rung.number
+                if place not in self.known:
+                    self.known[place] = self._score(candidate, rung)
+                points[candidate.name].append(Point(seen=rung.seen, top1=self.known[place]))
             left = sorted(left, key=lambda c: -points[c.name][-1].top1)[: math.ceil(self.plan.keep * len(left))]
             if len(left) == 1:
                 break
