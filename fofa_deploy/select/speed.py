@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fofa_deploy.backend import get_backend
-from fofa_deploy.errors import FofaError, StageError, UnavailableError, UserError
+from fofa_deploy.errors import BackendError, FofaError, StageError, UnavailableError, UserError
 from fofa_deploy.measure import Candidate
 from fofa_deploy.results import Measurement
 from fofa_deploy.select.choose import Speed
@@ -21,6 +21,8 @@ from fofa_deploy.types import Artifact, HardwareProfile, Probe, Recipe, digest_f
 
 GROUP = 8
 """Artifacts that are loaded at a time, the common reference among them."""
+
+AGAIN = "run the same command again: what has been timed is not timed again"
 
 
 @dataclass(frozen=True)
@@ -107,18 +109,32 @@ class Stopwatch:
             return None
 
     def _time(self, built: Sequence[tuple[_Entry, Artifact]]) -> None:
-        """In groups; the first artifact runs in every one, and the others' times are scaled to its first."""
-        if not built:
-            return
-        usual: float | None = None
+        """In groups; the first artifact that runs is in every one, and the others' times are scaled to its first.
+
+        Raises:
+            BackendError: it stops running; what has been kept until then is scaled, and nothing else is kept.
+        """
+        reference: tuple[_Entry, Artifact] | None = None
+        usual = 1.0
         for start in range(0, len(built), GROUP - 1):
-            group = [*(built[:1] if start else ()), *built[start : start + GROUP - 1]]
-            found = self._measured(group)
-            reference = found[0].latency_ms.p50 if isinstance(found[0], Measurement) else None
-            usual = usual or reference
-            factor = usual / reference if usual and reference else 1.0
-            for (entry, artifact), one in list(zip(group, found, strict=True))[1 if start else 0 :]:
+            group = built[start : start + GROUP - 1]
+            factor, found = self._scaled(reference, usual, group)
+            for (entry, artifact), one in zip(group, found, strict=True):
                 self._keep(entry, artifact, one, factor)
+                if reference is None and isinstance(one, Measurement):
+                    reference, usual = (entry, artifact), one.latency_ms.p50
+
+    def _scaled(
+        self, reference: tuple[_Entry, Artifact] | None, usual: float, group: Sequence[tuple[_Entry, Artifact]]
+    ) -> tuple[float, list[Measurement | FofaError]]:
+        """What a group took, and the factor from there to where the reference took what is usual."""
+        if reference is None:
+            return 1.0, self._measured(group)
+        again, *found = self._measured([reference, *group])
+        if isinstance(again, FofaError):
+            problem = f"{self._profile.name}: {reference[0].name} ran before and does not now: {again.message}"
+            raise BackendError(problem, AGAIN) from again
+        return usual / again.latency_ms.p50, found
 
     def _measured(self, group: Sequence[tuple[_Entry, Artifact]]) -> list[Measurement | FofaError]:
         batch = self._profile.execution.batch_sizes[0]

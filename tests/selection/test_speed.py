@@ -5,6 +5,7 @@ import shutil
 import sys
 from contextlib import ExitStack
 
+import onnx
 import pytest
 import remote_sshd
 from tiny import write_graph
@@ -15,12 +16,13 @@ from fofa_deploy.errors import BackendError, FofaError
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.select import speed
+from fofa_deploy.select.clocks import Here
 from fofa_deploy.select.speed import Stopwatch
 from fofa_deploy.select.table import Entry, LatencyTable
 from fofa_deploy.store import Store
 from fofa_deploy.tune import Evidence, Settings
 from fofa_deploy.tune.workbench import Workbench
-from fofa_deploy.types import Budget, Graph, Precision
+from fofa_deploy.types import Artifact, Budget, Graph, Precision
 
 QUICK = MeasurePlan(seconds=0.05, max_seconds=0.2, warmup_seconds=0.01, warmup_runs=5)
 SETTINGS = Settings(AccuracyPlan(), QUICK, LimitsPlan(run_seconds=60), Budget(), 0)
@@ -29,7 +31,7 @@ PROFILE = find_profile("cpu-onnxruntime").model_copy(update={"precisions": (Prec
 
 @pytest.fixture
 def opened(tmp_path):
-    """A function: names -> benches in a folder; ``broken`` gets a graph that is none."""
+    """A function: names -> benches in a folder, each with a graph of its own; ``broken`` gets one that is none."""
     with ExitStack() as stack:
 
         def open_all(folder, *names):
@@ -40,6 +42,9 @@ def opened(tmp_path):
 
 def bench(store, name):
     graph = write_graph(store.root / "graph")
+    model = onnx.load(graph.path)
+    model.doc_string = name
+    onnx.save(model, graph.path)
     if name == "broken":
         graph.path.write_bytes(b"not a graph")
     folder = store.root / "graph"
@@ -76,6 +81,35 @@ def test_groups_share_their_first_artifact_and_nobody_is_lost(opened, tmp_path, 
     monkeypatch.setattr(speed, "GROUP", 2)
     found = Stopwatch(opened("run", "a", "b", "c"), PROFILE, LatencyTable(tmp_path / "aid"))
     assert {one.name for one in found.speeds().found} == {"a", "b", "c"}
+
+
+class Losing(Here):
+    """This machine's clock, which sees artifacts damaged on disk before its n-th group: their models are cut short."""
+
+    def __init__(self, name, before):
+        self.name, self.before, self.calls = name, before, 0
+
+    def times(self, group, settings, progress):
+        self.calls += 1
+        for candidate in group:
+            if self.calls == self.before and self.name in candidate.artifact.parts:
+                Artifact.load(candidate.artifact).path.write_bytes(b"")
+        return super().times(group, settings, progress)
+
+
+def test_a_reference_that_stops_running_ends_the_timing_and_leaves_nothing_unscaled(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "GROUP", 2)
+    table = LatencyTable(tmp_path / "aid")
+    with pytest.raises(BackendError, match="a ran before and does not now"):
+        Stopwatch(opened("run", "a", "b", "c"), PROFILE, table, Losing("a", 2)).speeds()
+    assert len(list(table.folder.rglob("*.json"))) == 1, "only what was timed while the reference ran"
+
+
+def test_where_the_first_does_not_run_the_next_is_the_reference(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "GROUP", 2)
+    found = Stopwatch(opened("run", "a", "b", "c"), PROFILE, LatencyTable(tmp_path / "aid"), Losing("a", 1)).speeds()
+    assert {one.name for one in found.found} == {"b", "c"}
+    assert found.reasons["a"]
 
 
 # --- elsewhere
