@@ -29,6 +29,7 @@ AUTO = "auto"
 """The student's model where it is to be chosen."""
 
 Side = Annotated[int, Field(ge=4, le=4096)]
+Factor = Annotated[float, Field(ge=0.1, le=10.0)]
 
 
 class DataPlan(Frozen):
@@ -78,6 +79,12 @@ class CandidatePlan(ModelPlan):
     """One line of the list: a model, or for timm a pattern such as 'timm:mobilenetv3_small_*'."""
 
     name: str | None = Field(default=None, description="default: the model's own, with the input size")
+    widths: tuple[Factor, ...] = Field(
+        default=(), exclude_if=lambda factors: not factors, description="times the model's channels, each a candidate of its own"
+    )
+    depths: tuple[Factor, ...] = Field(
+        default=(), exclude_if=lambda factors: not factors, description="times its blocks; each depth with each width"
+    )
 
 
 class SelectPlan(Frozen):
