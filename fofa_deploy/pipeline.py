@@ -328,6 +328,7 @@ class Run:
             targets=tuple(rows),
             reference=reference,
             sensitivity=sensitivity(self.store.root),
+            choice=self.selection.told() if self.selection else None,
             curves={name: curve for name, curve in trained.items() if curve},
             environment=environment.describe(),
             stages=tuple(self.store.timings),

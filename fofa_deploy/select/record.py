@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, PositiveInt
 
 from fofa_deploy.config import ModelPlan
+from fofa_deploy.results import CandidateRow, StudentChoice
 from fofa_deploy.select.choose import Speed
 from fofa_deploy.select.forecast import Forecast, Point
 from fofa_deploy.types import Frozen
@@ -34,6 +35,9 @@ class Judged(Frozen):
     targets: tuple[OnTarget, ...]
     rungs: tuple[Point, ...]
     foretold: Forecast | None = None
+    affinity: float | None = Field(
+        default=None, description="linear CKA to the teacher after the first rung, 0 to 1; decides nothing"
+    )
     chosen: bool = False
     chosen_for: tuple[str, ...] = Field(default=(), description="targets, where each has a student of its own")
 
@@ -83,6 +87,12 @@ class Selection(Choice):
         found = "" if reached is None else f", {reached:.1%} reached"
         return f"{told}: {self.foretold.top1:.1%} validation accuracy foretold{found}"
 
+    def told(self) -> StudentChoice:
+        """For the report: the best foretold first, then in the plan's order."""
+        ordered = sorted(self.candidates, key=lambda one: -(one.foretold.top1 if one.foretold else -1))
+        rows = tuple(_told(one, self.target, self.front) for one in ordered)
+        return StudentChoice(target=self.target, made_at=self.made_at, rows=rows)
+
     def write(self, folder: Path) -> None:
         (folder / RECORD).write_text(self.model_dump_json(indent=1))
         (folder / PAGE).write_text(self.page())
@@ -98,10 +108,10 @@ class Selection(Choice):
         return "\n".join(lines) + "\n"
 
     def _table(self, target: str) -> list[str]:
-        head = "| candidate | parameters | recipe | p50 ms | p90 ms | KiB | rungs, validation | foretold | |"
+        head = "| candidate | parameters | recipe | p50 ms | p90 ms | KiB | rungs, validation | affinity | foretold | |"
         best_first = sorted(self.candidates, key=lambda one: -(one.foretold.top1 if one.foretold else -1))
         told = f"Latencies on {target}, with random weights, {self.made_at}: an aid; the chosen one is measured anew."
-        return [told, "", head, "|---" * 9 + "|", *(_row(one, target) for one in best_first)]
+        return [told, "", head, "|---" * 10 + "|", *(_row(one, target) for one in best_first)]
 
     def draw(self, path: Path) -> None:
         """Foretold accuracy over measured p50 latency, as SVG, the front as a line; a panel per choice."""
@@ -129,8 +139,26 @@ def _row(one: Judged, target: str) -> str:
     times = ("", "", "") if speed is None else (f"{speed.p50_ms:.3f}", _number(speed.p90_ms), _kib(speed.size_bytes))
     rungs = " ".join(f"{point.top1:.1%}" for point in one.rungs)
     foretold = f"{one.foretold.top1:.1%}" if one.foretold else ""
-    told = (one.name, f"{one.params:,}" if one.params else "", row.recipe if row else "", *times, rungs, foretold, one.fate)
+    alike = "" if one.affinity is None else f"{one.affinity:.2f}"
+    told = (one.name, f"{one.params:,}" if one.params else "", row.recipe if row else "", *times, rungs, alike, foretold, one.fate)
     return f"| {' | '.join(told)} |"
+
+
+def _told(one: Judged, target: str, front: tuple[str, ...]) -> CandidateRow:
+    row = next((row for row in one.targets if row.target == target), None)
+    speed = row.speed if row else None
+    figures = {name: getattr(speed, name, None) for name in ("p50_ms", "p90_ms", "size_bytes")}
+    return CandidateRow(
+        name=one.name,
+        params=one.params,
+        recipe=row.recipe if row else "",
+        rungs=tuple(point.top1 for point in one.rungs),
+        foretold=one.foretold.top1 if one.foretold else None,
+        fate=one.fate.replace("**", ""),
+        chosen=one.chosen,
+        front=one.name in front,
+        **figures,
+    )
 
 
 def _place(one: Judged, target: str) -> tuple[float, float] | None:
