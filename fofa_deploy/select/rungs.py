@@ -61,6 +61,8 @@ class Halving:
     decisive: Mapping[str, object]
     known: dict[tuple[str, int], float] = field(default_factory=dict)
     """Scores by candidate and rung: who climbs for several targets does so once."""
+    alike: dict[str, float | None] = field(default_factory=dict)
+    """Affinity of each candidate to the teacher after its first rung."""
 
     def climb(self, candidates: Sequence[Candidate]) -> dict[str, Curve]:
         """Every candidate's points, as far as it got; those that were dropped have fewer."""
@@ -86,6 +88,8 @@ class Halving:
             self._limited(rung).distill(candidate.student, plan, out, self.taught_by)
 
         folder = self.stage(f"candidates/{candidate.name}/rung-{rung.number}", inputs, work)
+        if self.taught_by and self.distill.terms and rung.number == 1:
+            self.alike[candidate.name] = self.workshop.affinity(candidate.student, folder, self.taught_by, self.distill)
         return read_summary(folder).top1_validation or 0.0
 
     def _shortened(self, rung: Rung) -> DistillPlan:

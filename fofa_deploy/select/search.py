@@ -185,6 +185,7 @@ class Selector:
             targets=rows,
             rungs=curve.points if curve else (),
             foretold=foretold.get(candidate.name),
+            affinity=self.halving.alike.get(candidate.name),
         )
 
     def _on_target(self, name: str, target: str, speeds: Speeds) -> OnTarget:

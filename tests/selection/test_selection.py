@@ -106,6 +106,8 @@ def test_those_that_fit_climb_and_one_is_chosen_by_what_is_foretold(chosen):
     fits = [named(selection)[name] for name in ("vit", "slim", "mixer")]
     assert sorted(len(one.rungs) for one in fits) == [1, 2, 2], "half of three, rounded up, climbs on"
     assert [one.name for one in fits if one.chosen] == [selection.name]
+    assert all(0 < one.affinity <= 1 for one in fits)
+    assert all(one.affinity is None for one in selection.candidates if not one.rungs)
     assert all(point.seen < selection.foretold.seen for one in fits for point in one.rungs)
     best = max(one.foretold.top1 for one in fits if len(one.rungs) == 2)
     assert selection.foretold.top1 >= best - 0.005
@@ -127,6 +129,10 @@ def test_the_whole_job_goes_on_with_the_chosen_one_and_tells_what_became_of_it(c
     assert report.student.model == selection.student.model
     (word,) = [notice for notice in report.notices if "foretold" in notice]
     assert "reached" in word
+    assert report.choice == selection.told()
+    assert [row.name for row in report.choice.rows if row.chosen] == [selection.name]
+    assert {row.name for row in report.choice.rows if row.front} == set(selection.front)
+    assert "Which student" in (out / "report.html").read_text()
     assert {timing.stage: timing.reused for timing in report.stages}["selection"]
     assert {row.target for row in report.targets if row.chosen} == {"cpu-onnxruntime", "openvino-fp32"}
     again = subprocess.run(
