@@ -122,7 +122,7 @@ class Selector:
                 except (StageError, UserError, UnavailableError) as error:
                     notices.append(f"{error.message}: {profile.name} has no say in the choice")
                 else:
-                    found[profile.name] = stopwatch.speeds()
+                    found[profile.name] = stopwatch.speeds(partial(self._fits, profile.name))
         if not found:
             action = "add a target that this machine or a device can run, or name the student"
             raise PlanError(f"student.model = {AUTO!r}, and no target can be measured: {'; '.join(notices)}", action)
@@ -163,6 +163,9 @@ class Selector:
             return fitting(speeds.found, self._budgets(target))[0]
         except PlanError as error:
             raise type(error)(f"{target}: {error.message}", error.action) from error
+
+    def _fits(self, target: str, speed: Speed) -> bool:
+        return not misses(speed, self._budgets(target))
 
     def _budgets(self, target: str) -> list[Budget]:
         profile = next(profile for profile in self.profiles if profile.name == target)

@@ -1,11 +1,12 @@
 """What candidates take on a target, measured: each is built by the first recipe of every family, and timed beside the others.
 
-Recipes of a family have one latency (`fofa_deploy.tune.search`). What the latency aid knows is neither built nor timed again.
+Recipes of a family have one latency (`fofa_deploy.tune.search`). Those that are dear to build are left to candidates
+that do not fit by others of their precision. What the latency aid knows is neither built nor timed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fofa_deploy.backend import get_backend
@@ -65,18 +66,32 @@ class Stopwatch:
         """Of the device that is timed on."""
         return self._clock.fingerprint
 
-    def speeds(self) -> Speeds:
+    def speeds(self, fits: Callable[[Speed], bool] = lambda _: True) -> Speeds:
+        """By the recipes that are cheap to build; the dear ones are built of those alone that do not fit by the cheap ones."""
         entries = [entry for name, bench in self._benches.items() for entry in self._entries(name, bench)]
-        known = [self._table.find(entry.setting) for entry in entries]
-        fresh = [entry for entry, figures in zip(entries, known, strict=True) if figures is None]
+        cheap = [entry for entry in entries if not _spared(entry, entries)]
+        self._ensure(cheap)
+        best = self._best(cheap)
+        kept = {name for name, (_, figures) in best.items() if fits(_speed(name, figures))}
+        late = [entry for entry in entries if entry not in cheap and entry.name not in kept]
+        self._ensure(late)
+        best = self._best([*cheap, *late])
+        found = tuple(_speed(name, figures) for name, (_, figures) in best.items())
+        return Speeds(found, {name: recipe for name, (recipe, _) in best.items()}, self._reasons)
+
+    def _ensure(self, entries: Sequence[_Entry]) -> None:
+        """Have the aid know everybody that runs."""
+        fresh = [entry for entry in entries if self._table.find(entry.setting) is None]
         self._time([(entry, artifact) for entry in fresh if (artifact := self._built(entry))])
+
+    def _best(self, entries: Sequence[_Entry]) -> dict[str, tuple[str, Figures]]:
+        """Of each candidate the fastest recipe that the aid knows, and its figures."""
         best: dict[str, tuple[str, Figures]] = {}
         for entry in entries:
             figures = self._table.find(entry.setting)
             if figures and (entry.name not in best or figures.p50_ms < best[entry.name][1].p50_ms):
                 best[entry.name] = entry.recipe.name, figures
-        found = tuple(Speed(name=name, **figures.model_dump(exclude={"measured_at"})) for name, (_, figures) in best.items())
-        return Speeds(found, {name: recipe for name, (recipe, _) in best.items()}, self._reasons)
+        return best
 
     def _entries(self, name: str, bench: Workbench) -> list[_Entry]:
         families: dict[str, Recipe] = {}
@@ -160,3 +175,13 @@ class Stopwatch:
             peak_rss_bytes=found.peak_rss_bytes,
         )
         self._table.keep(entry.setting, figures)
+
+
+def _spared(entry: _Entry, entries: Sequence[_Entry]) -> bool:
+    """Whether a cheaper recipe of the same precision may tell what the candidate takes."""
+    others = [other.recipe for other in entries if other.name == entry.name and not other.recipe.dear]
+    return entry.recipe.dear and any(other.precision is entry.recipe.precision for other in others)
+
+
+def _speed(name: str, figures: Figures) -> Speed:
+    return Speed(name=name, **figures.model_dump(exclude={"measured_at"}))

@@ -4,13 +4,16 @@ import os
 import shutil
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 
+import numpy as np
 import onnx
 import pytest
 import remote_sshd
 from tiny import write_graph
 
 from fofa_deploy import environment
+from fofa_deploy.backend import get_backend
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
 from fofa_deploy.errors import BackendError, FofaError
 from fofa_deploy.profile import find_profile
@@ -81,6 +84,22 @@ def test_groups_share_their_first_artifact_and_nobody_is_lost(opened, tmp_path, 
     monkeypatch.setattr(speed, "GROUP", 2)
     found = Stopwatch(opened("run", "a", "b", "c"), PROFILE, LatencyTable(tmp_path / "aid"))
     assert {one.name for one in found.speeds().found} == {"a", "b", "c"}
+
+
+def test_dear_recipes_are_built_of_those_alone_that_do_not_fit_by_the_others(tmp_path, opened):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (32, 1, 4, 4), np.uint8))
+    found = find_profile("cpu-openvino")
+    profile = found.model_copy(update={"precisions": (Precision.FP32, Precision.INT8)})
+    benches = {name: replace(one, calibration=tmp_path) for name, one in opened("run", "fits", "misses").items()}
+    dear = {recipe.name for recipe in get_backend("openvino").recipes(profile, benches["fits"].graph) if recipe.dear}
+    assert dear
+    found = Stopwatch(benches, profile, LatencyTable(tmp_path / "aid")).speeds(lambda speed: speed.name == "fits")
+    assert {one.name for one in found.found} == {"fits", "misses"}
+    tried = {name: {path.name for path in (tmp_path / "run" / name / "artifacts" / profile.name).iterdir()} for name in benches}
+    assert "fp32" in tried["fits"]
+    assert any(name.startswith("int8-qdq") for name in tried["fits"])
+    assert not tried["fits"] & dear
+    assert (tried["misses"] | set(found.reasons["misses"])) & dear
 
 
 class Losing(Here):
