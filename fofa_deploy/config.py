@@ -29,6 +29,7 @@ AUTO = "auto"
 """The student's model where it is to be chosen."""
 
 Side = Annotated[int, Field(ge=4, le=4096)]
+Factor = Annotated[float, Field(ge=0.1, le=10.0)]
 
 
 class DataPlan(Frozen):
@@ -78,12 +79,23 @@ class CandidatePlan(ModelPlan):
     """One line of the list: a model, or for timm a pattern such as 'timm:mobilenetv3_small_*'."""
 
     name: str | None = Field(default=None, description="default: the model's own, with the input size")
+    widths: tuple[Factor, ...] = Field(
+        default=(), exclude_if=lambda factors: not factors, description="times the model's channels, each a candidate of its own"
+    )
+    depths: tuple[Factor, ...] = Field(
+        default=(), exclude_if=lambda factors: not factors, description="times its blocks; each depth with each width"
+    )
 
 
 class SelectPlan(Frozen):
     """How the student of ``student.model = "auto"`` is chosen; docs/selection.md."""
 
     candidates: tuple[CandidatePlan, ...] = Field(default=(), description="default: a list for the first target's kind of device")
+    fit: Literal["all", "each"] = Field(
+        default="all",
+        exclude_if=lambda fit: fit == "all",  # plans without it are what they were, and so are their stages' keys
+        description="all: one student that keeps every target's budget; each: one is chosen for each target",
+    )
     rungs: Annotated[int, Field(ge=1, le=6)] = Field(default=3, description="short trainings; each is twice the one before")
     keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=0.5, description="share of the candidates that climbs on")
     first: Annotated[float, Field(gt=0.0, le=1.0)] = Field(

@@ -19,6 +19,7 @@ from fofa_deploy.capture import capture, write_expected
 from fofa_deploy.config import AUTO, AccuracyPlan, ModelPlan, RunPlan, TeacherPlan
 from fofa_deploy.data import Data, load_data, preprocessing, scan, write_split
 from fofa_deploy.distill import parallel
+from fofa_deploy.distill.inputs import pruned_inputs, taught_inputs
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_notices, read_summary, retraining
 from fofa_deploy.errors import BackendError, PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
@@ -31,6 +32,7 @@ from fofa_deploy.recovery import PREFIX, RecoveringTuner, RetrainedTuner
 from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
+from fofa_deploy.select.apart import one_student
 from fofa_deploy.select.record import Selection
 from fofa_deploy.select.search import select_student
 from fofa_deploy.store import Store
@@ -119,16 +121,25 @@ class Run:
         _ = self.splits
         return self.workshop
 
-    def settle(self) -> None:
-        """Choose the student where the plan leaves it open: from here on the plan names one.
+    def choose(self) -> Selection | None:
+        """The student that is chosen where the plan leaves it open, or each target's.
 
         Raises:
             PlanError: no candidate fits, or the choice is to be made by several processes.
         """
         if self.plan.student.model != AUTO:
-            return
+            return None
         self.selection = Selection.load(self._stage("selection", self._selection_inputs, lambda out: self._select().write(out)))
-        self.plan = self.plan.model_copy(update={"student": self.selection.student})
+        return self.selection
+
+    def settle(self) -> None:
+        """Choose the student where the plan leaves it open: from here on the plan names one.
+
+        Raises:
+            PlanError: as `choose` does; or the targets get different students, which are trained by a run for each.
+        """
+        if selection := self.choose():
+            self.plan = self.plan.model_copy(update={"student": one_student(selection, self.plan, self.store.root)})
 
     def _selection_inputs(self) -> dict[str, object]:
         plan = self.plan
@@ -136,7 +147,7 @@ class Run:
         return {**decided, "distill": plan.distill and plan.distill.decisive(), **self._training_inputs()}
 
     def _training_inputs(self) -> dict[str, object]:
-        return {"data": self.data.digest, "seed": self.plan.seed, "teacher": self.teacher and _taught(*self.teacher)}
+        return {"data": self.data.digest, "seed": self.plan.seed, "teacher": self.teacher and taught_inputs(*self.teacher)}
 
     def _select(self) -> Selection:
         if parallel.size() > 1:
@@ -157,7 +168,7 @@ class Run:
                 "distill": plan.distill and plan.distill.decisive(),
                 "data": self.data.digest,
                 "seed": plan.seed,
-                "teacher": teacher and _taught(*teacher),
+                "teacher": teacher and taught_inputs(*teacher),
             }
 
         def work(out: Path) -> None:
@@ -180,12 +191,12 @@ class Run:
         def inputs() -> dict[str, object]:
             return {
                 "student": plan.student,
-                "weights": _taught(plan.student, self.student),
+                "weights": taught_inputs(plan.student, self.student),
                 "distill": retraining(plan).decisive(),
                 "scheme": {"weight_bits": plan.qat.weight_bits, "calibration": plan.verify.calibration},
                 "data": self.data.digest,
                 "seed": plan.seed,
-                "teacher": _taught(*taught_by),
+                "teacher": taught_inputs(*taught_by),
             }
 
         def work(out: Path) -> None:
@@ -216,7 +227,7 @@ class Run:
 
     def _model_inputs(self, plan: ModelPlan, folder: Path) -> dict[str, object]:
         """All that decides a trained model's outputs."""
-        made_of = {"model": plan.model, "arguments": plan.arguments, "code": code_identity(plan), **_pruned(plan)}
+        made_of = {"model": plan.model, "arguments": plan.arguments, "code": code_identity(plan), **pruned_inputs(plan)}
         return {"weights": folder / WEIGHTS, "model": made_of, "preprocessing": preprocessing(self.plan.data)}
 
     @cached_property
@@ -317,6 +328,7 @@ class Run:
             targets=tuple(rows),
             reference=reference,
             sensitivity=sensitivity(self.store.root),
+            choice=self.selection.told() if self.selection else None,
             curves={name: curve for name, curve in trained.items() if curve},
             environment=environment.describe(),
             stages=tuple(self.store.timings),
@@ -333,19 +345,9 @@ class Run:
         return DataSummary(name=self.plan.data.name, classes=len(data.class_names), digest=data.digest, **sizes)
 
 
-def _taught(plan: ModelPlan, folder: Path) -> dict[str, object]:
-    """All that decides what a teacher teaches."""
-    return {"weights": folder / WEIGHTS, "taps": plan.taps, "code": code_identity(plan), **_pruned(plan)}
-
-
-def _pruned(plan: ModelPlan) -> dict[str, object]:
-    """Part of what decides a model's outputs where it is pruned; absent where not, as in runs from before there was pruning."""
-    return {"prune": plan.prune} if plan.prune else {}
-
-
 @contextmanager
-def opened(plan: RunPlan, out: Path, progress: Progress, force: bool = False) -> Iterator[Run]:
-    """The run in directory ``out``, locked while it is open.
+def opened(plan: RunPlan, out: Path, progress: Progress, force: bool = False, *, settled: bool = True) -> Iterator[Run]:
+    """The run in directory ``out``, locked while it is open; ``settled`` has its student chosen.
 
     Raises:
         LockedError: another process has it open.
@@ -354,7 +356,8 @@ def opened(plan: RunPlan, out: Path, progress: Progress, force: bool = False) ->
     with Store(out) as store, parallel.leading():
         run = Run(plan, store, progress)
         record_plan(store, plan, force)
-        run.settle()
+        if settled:
+            run.settle()
         yield run
 
 

@@ -175,6 +175,30 @@ class StageTiming(Frozen):
     why: str
 
 
+class CandidateRow(Frozen):
+    """A network that might have become the student; its latency is an aid for choosing, taken with random weights."""
+
+    name: str
+    params: PositiveInt | None
+    recipe: str
+    p50_ms: PositiveFloat | None
+    p90_ms: PositiveFloat | None
+    size_bytes: PositiveInt | None
+    rungs: tuple[Fraction, ...] = Field(description="validation accuracy after each short training")
+    foretold: Fraction | None = Field(description="validation accuracy of the whole training")
+    fate: str
+    chosen: bool
+    front: bool = Field(description="no other one beats it in foretold accuracy and latency")
+
+
+class StudentChoice(Frozen):
+    """How the student was chosen."""
+
+    target: str = Field(description="whose latencies these are")
+    made_at: str
+    rows: tuple[CandidateRow, ...]
+
+
 class RunReport(Frozen):
     """The whole record of a run; ``report.json`` is this, and every other report is rendered from it."""
 
@@ -192,6 +216,7 @@ class RunReport(Frozen):
         default={},
         description="relative squared error of the logits by layer quantized alone; the worst first",
     )
+    choice: StudentChoice | None = Field(default=None, description="where the plan left the student open")
     curves: dict[str, tuple[Epoch, ...]] = Field(default={}, description="training curves by stage")
     environment: Environment
     sidecar: Sidecar | None = Field(default=None, description="input, preprocessing and classes of the deployed model")

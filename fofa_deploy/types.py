@@ -208,6 +208,11 @@ class Recipe(Frozen):
         "a family of its own when empty",
     )
     after: str = Field(default="", description="a faster family; worth a try only where all of that missed the accuracy budget")
+    dear: bool = Field(
+        default=False,
+        exclude_if=lambda dear: not dear,
+        description="takes far longer to build than others of its precision: candidates are timed by those first",
+    )
     options: dict[str, Scalar] = {}
 
     @property

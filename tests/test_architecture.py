@@ -27,8 +27,9 @@ ORDER = """
     layers
     diagnosis judge inference report
     distill capture tune gate
-    files select
+    files
     remote recovery
+    select
     adopt pipeline
     cli
 """

@@ -16,7 +16,8 @@ from fofa_deploy.progress import Quiet
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 before = list(sys.path)
 sys.path[:0] = [str(FOLDER / "frontier"), str(FOLDER / "select")]
-import contenders  # noqa: E402 - from the benchmarks' folders
+import choosing  # noqa: E402 - from the benchmarks' folders
+import contenders  # noqa: E402
 import figure  # noqa: E402
 import outcome  # noqa: E402
 import rivals  # noqa: E402
@@ -128,6 +129,13 @@ def test_the_page_tells_choices_and_goals_and_draws_them(tmp_path):
     assert steps.Notebook(tmp_path, contenders.QUICK).record == record(
         pick(3.0, "plain-narrow"), pick(5.0, "mixer")
     ).model_copy(update={"environment": Record.model_validate(found["record"]).environment})  # fmt: skip
+
+
+def test_a_budget_that_nobody_keeps_is_a_row_that_chose_nothing():
+    page = sheet.page(record(pick(3.0, None, 0), pick(5.0, "mixer")))
+    assert "| nothing: does not fit | " in page
+    assert "a choice that does not fit" in page
+    assert "Not chosen yet" not in page
 
 
 def test_the_page_of_a_part_says_what_is_missing(tmp_path):
@@ -271,3 +279,12 @@ def test_a_student_is_trained_once_and_treated_by_a_rivals_tool(room):
     teacher = rivals.treat(room, rivals.WAYS[0], None)
     assert 0 <= rivals.tested(teacher) <= 1
     assert [found.runs > 0 for found in stopwatch.race([treated.candidate, teacher.candidate], room)] == [True, True]
+
+
+def test_a_budget_that_nobody_keeps_is_recorded_and_the_others_are_decided(room, monkeypatch):
+    monkeypatch.setenv(choosing.FOLDER, str(room.folder))
+    room.taught()
+    nobody = choosing.choose(room, TARGET, 1e-6)
+    assert (nobody.contender, nobody.images, nobody.budget_ms) == (None, {}, 1e-6)
+    assert nobody.seconds > 0
+    assert choosing.choose(room, TARGET, 1e6).contender == "plain-narrow"

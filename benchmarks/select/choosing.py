@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 
 from outcome import Picked
 from workroom import DATA_SEED, Workroom
 
 from fofa_deploy.config import ModelPlan, RunPlan
 from fofa_deploy.pipeline import opened
+from fofa_deploy.select.choose import NobodyFitsError
 from fofa_deploy.select.record import Selection
 from fofa_deploy.select.table import FOLDER
 
@@ -17,11 +19,15 @@ AUTO = ModelPlan(model="auto")
 
 
 def choose(room: Workroom, target: str, budget_ms: float) -> Picked:
-    """Let the pipeline choose among the contenders for a target and a p90 budget; the stage is kept, and is not run twice."""
+    """Let the pipeline choose among the contenders for a target and a p90 budget; the stage is kept, and is not run twice.
+
+    A budget that nobody keeps by what the selection measures is a choice, too: of nobody, before anybody is trained for it.
+    """
     name = f"selection-{target}-{budget_ms:.6f}"
     os.environ[FOLDER] = str(room.folder / "latencies")  # what other runs on this machine have measured decides nothing here
     started = time.monotonic()
-    with opened(_plan(room, target, budget_ms, name), room.folder / "runs" / name, room.progress) as run:
+    chosen, images = None, {}
+    with suppress(NobodyFitsError), opened(_plan(room, target, budget_ms, name), room.folder / "runs" / name, room.progress) as run:
         assert run.selection
         chosen, images = told(run.selection)
     return Picked(target=target, budget_ms=budget_ms, contender=chosen, images=images, seconds=time.monotonic() - started)

@@ -23,6 +23,7 @@ class Picked(Frozen):
     target: str
     budget_ms: float
     contender: str | None
+    """None: by what the selection measured, nobody fits."""
     images: dict[str, int]
     seconds: float
     """All of it, by the clock: making, measuring and training candidates."""

@@ -26,7 +26,8 @@ default plan, tuned for the target, and timed beside all others in one interleav
 fastest quarter, half and three quarters, half-way (in logarithms) to the next slower contender; they were set once, from these
 latencies.
 
-- **chosen**: by `student.model = "auto"` with the budget in the plan, which knows neither the truth nor the test images.
+- **chosen**: by `student.model = "auto"` with the budget in the plan, which knows neither the truth nor the test images; nothing
+  where by what it measured itself nobody keeps the budget.
 - **by FLOPs**, **by parameters**: the largest by that count of those that the *measured* latencies let in, which is generous.
 - **regret**: points of validation accuracy behind the best contender that fits. Test accuracy is shown beside it and decides
   nothing.

@@ -203,6 +203,7 @@ def _nncf(name: str, rest: Precision, **options: bool) -> Recipe:
         precision=Precision.INT8,
         description=f"NNCF post-training quantization, {width}, rest {rest}",
         needs_calibration=True,
+        dear=True,
         options={"inference_precision": str(rest), **options},
     )
 

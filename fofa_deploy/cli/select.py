@@ -28,8 +28,12 @@ def command(plan: str, out: Path, overrides: tuple[str, ...], force: bool, quiet
         raise PlanError(f"the plan names its student, {resolved.student.model}", f"set student.model = {AUTO!r} to have one chosen")
     from fofa_deploy.cli.show import progress
     from fofa_deploy.pipeline import opened
+    from fofa_deploy.select.apart import commands
 
-    with opened(resolved, out, progress(quiet), force) as run:
-        assert run.selection
-        click.echo(run.selection.page())
+    with opened(resolved, out, progress(quiet), force, settled=False) as run:
+        selection = run.choose()
+        assert selection
+        click.echo(selection.page())
         click.echo(out / "selection")
+        if lines := commands(selection, run.plan, out):
+            click.echo("\n".join(["", "targets have students of their own; run", *lines]))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fofa_deploy.config import LOGIT_TERMS, DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
 from fofa_deploy.data import Data, Split, eval_batches, preprocessing
 from fofa_deploy.distill import parallel
+from fofa_deploy.distill.affinity import affinity
 from fofa_deploy.distill.fake import fake_quantized
 from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.objective import Objective
@@ -109,6 +110,14 @@ class Workshop:
         with fake_quantized(model, plan.qat.weight_bits, round(FOLLOWED * batches), images):
             self._train(objective, method, out, f"quantization-aware training ({method.method})")
         self._finish(plan.student, model, out)
+
+    def affinity(self, plan: ModelPlan, folder: Path, taught_by: Taught, method: DistillPlan) -> float | None:
+        """How alike a trained student and its teacher see validation images (:mod:`fofa_deploy.distill.affinity`), 0 to 1."""
+        teacher_plan, taught = taught_by
+        shape = (self.data.plan.channels, *self.data.plan.image_size)
+        pair = [(plan, folder), (teacher_plan, taught)]
+        student, teacher = (tap(self.load(p, f), shape, stages=method.fofa.stages, names=p.taps) for p, f in pair)
+        return affinity(student, teacher, self.data.validation, preprocessing(self.data.plan), method.fofa.regions)
 
     def _normalized(self, split: Split) -> Iterator[Tensor]:
         normalize = Normalize(preprocessing(self.data.plan))

@@ -96,7 +96,7 @@ def scatter(report: RunReport) -> Markup:
         _scatter_axes(axes, [dot.x for dot in (*dots, *([star] if star else []))], height)
         _legend(axes, report, {dot.number for dot in dots}, star)
         figure.tight_layout()
-        _label_all(figure, axes, dots)
+        label_all(figure, axes, dots)
         return svg_of(figure, "Validation accuracy against median latency of every recipe tried")
 
 
@@ -181,7 +181,7 @@ def _legend(axes: Axes, report: RunReport, numbers: set[int], star: Dot | None) 
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.01), ncols=4, labelcolor=MUTED, handletextpad=0.2, columnspacing=1.4)
 
 
-def _label_all(figure: Figure, axes: Axes, dots: Sequence[Dot]) -> None:
+def label_all(figure: Figure, axes: Axes, dots: Sequence[Dot]) -> None:
     """Name each point where there is room; a name that would cover another is left to the table, chosen ones go first."""
     figure.draw_without_rendering()
     frame = axes.get_window_extent()

@@ -8,7 +8,7 @@ import re
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from fofa_deploy.report import limits, plots, summary, words
+from fofa_deploy.report import choice, limits, plots, summary, words
 from fofa_deploy.results import RunReport
 
 # Tables, emphasis, code, links, images, headings and GitHub's formulas; bare links; and, where a value starts a line,
@@ -23,6 +23,7 @@ def html(report: RunReport) -> str:
     """One self-contained page: no script, no remote asset, light and dark, printable."""
     charts = {"scatter": plots.scatter(report), "curves": plots.curves(report)}
     charts |= {"rooflines": limits.rooflines(report), "fleet": limits.fleet_plot(report)}
+    charts |= {"choice": choice.choice_plot(report)}
     return _environment(html_value).get_template("report.html.j2").render(**_context(report), **charts)
 
 

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from fofa_deploy.config import CandidatePlan, ModelPlan, Side
 from fofa_deploy.errors import PlanError
+from fofa_deploy.select.variants import named_grid
 from fofa_deploy.types import Frozen, HardwareProfile
 
 LISTS = "candidates.toml"
@@ -43,13 +44,14 @@ def device_kind(profile: HardwareProfile) -> str:
 
 
 def expand(listed: Sequence[CandidatePlan], image_sizes: Sequence[tuple[int, int]]) -> tuple[Candidate, ...]:
-    """Every candidate of a list, at every size.
+    """Every candidate of a list in each of its widths and depths, at every size.
 
     Raises:
         PlanError: a pattern that matches nothing, or two candidates of one name.
+        ModelError: a model that cannot be scaled so; says why.
     """
-    models = [(plan, name) for plan in listed for name in _models(plan.model)]
-    found = tuple(_candidate(plan, model, size) for plan, model in models for size in image_sizes)
+    models = [named for plan in listed for name in _models(plan.model) for named in _variants(plan, name)]
+    found = tuple(_candidate(name, student, size) for name, student in models for size in image_sizes)
     names = [candidate.name for candidate in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         action = "remove the copy, or give each a name of its own in select.candidates"
@@ -57,10 +59,17 @@ def expand(listed: Sequence[CandidatePlan], image_sizes: Sequence[tuple[int, int
     return found
 
 
-def _candidate(plan: CandidatePlan, model: str, size: tuple[int, int]) -> Candidate:
-    side = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
+def _variants(plan: CandidatePlan, model: str) -> list[tuple[str, ModelPlan]]:
+    """Names and plans; one, as it is, where the line names neither widths nor depths."""
     name = plan.name or model.partition(":")[2]
-    student = ModelPlan(**{**plan.model_dump(exclude={"name"}), "model": model})
+    student = ModelPlan(**{**plan.model_dump(exclude={"name", "widths", "depths"}), "model": model})
+    if not plan.widths and not plan.depths:
+        return [(name, student)]
+    return [(f"{name}{added}", one) for added, one in named_grid(student, plan.widths or (1.0,), plan.depths or (1.0,))]
+
+
+def _candidate(name: str, student: ModelPlan, size: tuple[int, int]) -> Candidate:
+    side = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
     return Candidate(name=f"{name}-{side}", student=student, image_size=size)
 
 

@@ -18,6 +18,10 @@ TIE = 0.005
 """Of accuracy: less than a forecast can tell apart."""
 
 
+class NobodyFitsError(PlanError):
+    """Everybody was measured, and misses a budget."""
+
+
 class Speed(Frozen):
     """A candidate on one target, in its fastest recipe. Missing figures miss every limit that is set on them."""
 
@@ -81,7 +85,8 @@ def fitting(speeds: Sequence[Speed], budgets: Sequence[Budget]) -> tuple[tuple[S
     """Who fits, and what the others missed.
 
     Raises:
-        PlanError: nobody fits; names who came nearest and by how much.
+        NobodyFitsError: names who came nearest and by how much.
+        PlanError: there is nobody.
     """
     if not speeds:
         raise PlanError("no candidate could be measured", "see the reason beside each, and list others in select.candidates")
@@ -90,7 +95,7 @@ def fitting(speeds: Sequence[Speed], budgets: Sequence[Budget]) -> tuple[tuple[S
     if not kept:
         nearest = min(found.values(), key=lambda missed: max(miss.factor for miss in missed))
         action = "raise the budget, list smaller candidates in select.candidates, or add a smaller one to select.image_sizes"
-        raise PlanError(f"no candidate fits; the nearest is {'; '.join(map(str, nearest))}", action)
+        raise NobodyFitsError(f"no candidate fits; the nearest is {'; '.join(map(str, nearest))}", action)
     return kept, tuple(miss for missed in found.values() for miss in missed)
 
 

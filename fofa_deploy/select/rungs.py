@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fofa_deploy.config import DistillPlan, SelectPlan
@@ -59,6 +59,10 @@ class Halving:
     taught_by: Taught | None
     stage: Stage
     decisive: Mapping[str, object]
+    known: dict[tuple[str, int], float] = field(default_factory=dict)
+    """Scores by candidate and rung: who climbs for several targets does so once."""
+    alike: dict[str, float | None] = field(default_factory=dict)
+    """Affinity of each candidate to the teacher after its first rung."""
 
     def climb(self, candidates: Sequence[Candidate]) -> dict[str, Curve]:
         """Every candidate's points, as far as it got; those that were dropped have fewer."""
@@ -66,7 +70,10 @@ class Halving:
         left = list(candidates)
         for rung in ladder(self.plan, self.distill.epochs, len(self.workshop.data.train)):
             for candidate in left:
-                points[candidate.name].append(Point(seen=rung.seen, top1=self._score(candidate, rung)))
+                place = candidate.name, rung.number
+                if place not in self.known:
+                    self.known[place] = self._score(candidate, rung)
+                points[candidate.name].append(Point(seen=rung.seen, top1=self.known[place]))
             left = sorted(left, key=lambda c: -points[c.name][-1].top1)[: math.ceil(self.plan.keep * len(left))]
             if len(left) == 1:
                 break
@@ -81,6 +88,8 @@ class Halving:
             self._limited(rung).distill(candidate.student, plan, out, self.taught_by)
 
         folder = self.stage(f"candidates/{candidate.name}/rung-{rung.number}", inputs, work)
+        if self.taught_by and self.distill.terms and rung.number == 1:
+            self.alike[candidate.name] = self.workshop.affinity(candidate.student, folder, self.taught_by, self.distill)
         return read_summary(folder).top1_validation or 0.0
 
     def _shortened(self, rung: Rung) -> DistillPlan:

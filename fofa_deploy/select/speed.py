@@ -1,19 +1,20 @@
-"""What candidates take on this machine, measured: each is built by the first recipe of every family, and timed beside the others.
+"""What candidates take on a target, measured: each is built by the first recipe of every family, and timed beside the others.
 
-Recipes of a family have one latency (`fofa_deploy.tune.search`). What the latency aid knows is neither built nor timed again.
+Recipes of a family have one latency (`fofa_deploy.tune.search`). Those that are dear to build are left to candidates
+that do not fit by others of their precision. What the latency aid knows is neither built nor timed again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fofa_deploy import environment
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, FofaError, StageError, UnavailableError, UserError
-from fofa_deploy.measure import Candidate, measure
+from fofa_deploy.measure import Candidate
 from fofa_deploy.results import Measurement
 from fofa_deploy.select.choose import Speed
+from fofa_deploy.select.clocks import Clock, clock_for
 from fofa_deploy.select.table import Figures, LatencyTable, Setting
 from fofa_deploy.store import digest
 from fofa_deploy.tune.workbench import Workbench
@@ -21,6 +22,8 @@ from fofa_deploy.types import Artifact, HardwareProfile, Probe, Recipe, digest_f
 
 GROUP = 8
 """Artifacts that are loaded at a time, the common reference among them."""
+
+AGAIN = "run the same command again: what has been timed is not timed again"
 
 
 @dataclass(frozen=True)
@@ -42,30 +45,53 @@ class _Entry:
 class Stopwatch:
     """The candidates of one target. Each has a workbench, and so a folder, of its own.
 
+    Args:
+        clock: of the device; default: the one that the profile names, else this machine's.
+
     Raises:
-        BackendError: this machine cannot run the target.
+        FofaError: neither this machine nor the device that the profile names can run the target.
     """
 
-    def __init__(self, benches: Mapping[str, Workbench], profile: HardwareProfile, table: LatencyTable) -> None:
+    def __init__(
+        self, benches: Mapping[str, Workbench], profile: HardwareProfile, table: LatencyTable, clock: Clock | None = None
+    ) -> None:
         self._benches, self._profile, self._table = benches, profile, table
         self._backend = get_backend(profile.runtime)
         self._probe: Probe = self._backend.probe(profile)
-        if not self._probe.can_run:
-            raise BackendError(f"{profile.name} does not run here: {self._probe.reason}", "run fofa-deploy doctor")
+        self._clock = clock or clock_for(profile, self._probe)
         self._reasons: dict[str, dict[str, str]] = {name: {} for name in benches}
 
-    def speeds(self) -> Speeds:
+    @property
+    def fingerprint(self) -> str:
+        """Of the device that is timed on."""
+        return self._clock.fingerprint
+
+    def speeds(self, fits: Callable[[Speed], bool] = lambda _: True) -> Speeds:
+        """By the recipes that are cheap to build; the dear ones are built of those alone that do not fit by the cheap ones."""
         entries = [entry for name, bench in self._benches.items() for entry in self._entries(name, bench)]
-        known = [self._table.find(entry.setting) for entry in entries]
-        fresh = [entry for entry, figures in zip(entries, known, strict=True) if figures is None]
+        cheap = [entry for entry in entries if not _spared(entry, entries)]
+        self._ensure(cheap)
+        best = self._best(cheap)
+        kept = {name for name, (_, figures) in best.items() if fits(_speed(name, figures))}
+        late = [entry for entry in entries if entry not in cheap and entry.name not in kept]
+        self._ensure(late)
+        best = self._best([*cheap, *late])
+        found = tuple(_speed(name, figures) for name, (_, figures) in best.items())
+        return Speeds(found, {name: recipe for name, (recipe, _) in best.items()}, self._reasons)
+
+    def _ensure(self, entries: Sequence[_Entry]) -> None:
+        """Have the aid know everybody that runs."""
+        fresh = [entry for entry in entries if self._table.find(entry.setting) is None]
         self._time([(entry, artifact) for entry in fresh if (artifact := self._built(entry))])
+
+    def _best(self, entries: Sequence[_Entry]) -> dict[str, tuple[str, Figures]]:
+        """Of each candidate the fastest recipe that the aid knows, and its figures."""
         best: dict[str, tuple[str, Figures]] = {}
         for entry in entries:
             figures = self._table.find(entry.setting)
             if figures and (entry.name not in best or figures.p50_ms < best[entry.name][1].p50_ms):
                 best[entry.name] = entry.recipe.name, figures
-        found = tuple(Speed(name=name, **figures.model_dump(exclude={"measured_at"})) for name, (_, figures) in best.items())
-        return Speeds(found, {name: recipe for name, (recipe, _) in best.items()}, self._reasons)
+        return best
 
     def _entries(self, name: str, bench: Workbench) -> list[_Entry]:
         families: dict[str, Recipe] = {}
@@ -81,7 +107,7 @@ class Stopwatch:
 
     def _setting(self, bench: Workbench, recipe: Recipe) -> Setting:
         return Setting(
-            fingerprint=environment.describe().fingerprint,
+            fingerprint=self._clock.fingerprint,
             graph=digest_file(bench.graph.path),
             recipe=digest([recipe, self._probe.versions]),
             profile=digest(self._profile),
@@ -98,18 +124,32 @@ class Stopwatch:
             return None
 
     def _time(self, built: Sequence[tuple[_Entry, Artifact]]) -> None:
-        """In groups; the first artifact runs in every one, and the others' times are scaled to its first."""
-        if not built:
-            return
-        usual: float | None = None
+        """In groups; the first artifact that runs is in every one, and the others' times are scaled to its first.
+
+        Raises:
+            BackendError: it stops running; what has been kept until then is scaled, and nothing else is kept.
+        """
+        reference: tuple[_Entry, Artifact] | None = None
+        usual = 1.0
         for start in range(0, len(built), GROUP - 1):
-            group = [*(built[:1] if start else ()), *built[start : start + GROUP - 1]]
-            found = self._measured(group)
-            reference = found[0].latency_ms.p50 if isinstance(found[0], Measurement) else None
-            usual = usual or reference
-            factor = usual / reference if usual and reference else 1.0
-            for (entry, artifact), one in list(zip(group, found, strict=True))[1 if start else 0 :]:
+            group = built[start : start + GROUP - 1]
+            factor, found = self._scaled(reference, usual, group)
+            for (entry, artifact), one in zip(group, found, strict=True):
                 self._keep(entry, artifact, one, factor)
+                if reference is None and isinstance(one, Measurement):
+                    reference, usual = (entry, artifact), one.latency_ms.p50
+
+    def _scaled(
+        self, reference: tuple[_Entry, Artifact] | None, usual: float, group: Sequence[tuple[_Entry, Artifact]]
+    ) -> tuple[float, list[Measurement | FofaError]]:
+        """What a group took, and the factor from there to where the reference took what is usual."""
+        if reference is None:
+            return 1.0, self._measured(group)
+        again, *found = self._measured([reference, *group])
+        if isinstance(again, FofaError):
+            problem = f"{self._profile.name}: {reference[0].name} ran before and does not now: {again.message}"
+            raise BackendError(problem, AGAIN) from again
+        return usual / again.latency_ms.p50, found
 
     def _measured(self, group: Sequence[tuple[_Entry, Artifact]]) -> list[Measurement | FofaError]:
         batch = self._profile.execution.batch_sizes[0]
@@ -120,7 +160,7 @@ class Stopwatch:
             for entry, artifact in group
         ]
         bench = self._benches[group[0][0].name]
-        return measure(candidates, bench.settings.measure, bench.settings.limits, bench.settings.seed, bench.progress)
+        return self._clock.times(candidates, bench.settings, bench.progress)
 
     def _keep(self, entry: _Entry, artifact: Artifact, found: Measurement | FofaError, factor: float) -> None:
         if isinstance(found, FofaError):
@@ -135,3 +175,13 @@ class Stopwatch:
             peak_rss_bytes=found.peak_rss_bytes,
         )
         self._table.keep(entry.setting, figures)
+
+
+def _spared(entry: _Entry, entries: Sequence[_Entry]) -> bool:
+    """Whether a cheaper recipe of the same precision may tell what the candidate takes."""
+    others = [other.recipe for other in entries if other.name == entry.name and not other.recipe.dear]
+    return entry.recipe.dear and any(other.precision is entry.recipe.precision for other in others)
+
+
+def _speed(name: str, figures: Figures) -> Speed:
+    return Speed(name=name, **figures.model_dump(exclude={"measured_at"}))

@@ -55,7 +55,19 @@ def scaled(plan: Plan, width: float = 1.0, depth: float = 1.0) -> Plan:
 
 def grid(plan: Plan, widths: Sequence[float] = (0.5, 0.75, 1.0), depths: Sequence[float] = (1.0,)) -> tuple[Plan, ...]:
     """Each width with each depth, in that order, every network once."""
-    return _distinct(scaled(plan, width, depth) for width in widths for depth in depths)
+    return tuple(found for _, found in named_grid(plan, widths, depths))
+
+
+def named_grid(plan: Plan, widths: Sequence[float], depths: Sequence[float]) -> tuple[tuple[str, Plan], ...]:
+    """The same with what to add to a name for each: ``-w0.5-d0.75``, without the factors that are 1."""
+    found: list[tuple[str, Plan]] = []
+    for width in widths:
+        for depth in depths:
+            one = scaled(plan, width, depth)
+            if all(one != other for _, other in found):
+                factors = (("w", width), ("d", depth))
+                found.append(("".join(f"-{letter}{factor:g}" for letter, factor in factors if factor != 1), one))
+    return tuple(found)
 
 
 def pruned(plan: Plan, shares: Iterable[float]) -> tuple[Plan, ...]:

@@ -3,7 +3,8 @@
 import pytest
 import timm
 
-from fofa_deploy.errors import PlanError
+from fofa_deploy.config import ModelPlan, RunPlan, load_plan
+from fofa_deploy.errors import ModelError, PlanError
 from fofa_deploy.models import build_model, find_model
 from fofa_deploy.profile import find_profile
 from fofa_deploy.select.candidates import CandidatePlan, device_kind, expand, listed_for
@@ -58,3 +59,35 @@ def test_a_candidate_is_made_for_the_data_sets_classes_channels_and_its_own_size
     (found,) = expand([CandidatePlan(model="timm:vit_tiny_patch16_224", arguments={"patch_size": 4, "depth": 1})], [(16, 16)])
     model = build_model(found.student, classes=7, channels=1, image_size=found.image_size)
     assert model(torch.zeros(2, 1, 16, 16)).shape == (2, 7)
+
+
+def test_a_line_with_widths_and_depths_is_a_candidate_for_each_and_none_twice():
+    listed = CandidatePlan(model="timm:vit_tiny_patch16_224", widths=(0.5, 0.51, 1.0), depths=(0.5, 1.0))
+    found = {one.name: one.student.arguments for one in expand([listed], [(32, 32)])}
+    assert found == {
+        "vit_tiny_patch16_224-w0.5-d0.5-32": {"embed_dim": 96, "depth": 6},
+        "vit_tiny_patch16_224-w0.5-32": {"embed_dim": 96},
+        "vit_tiny_patch16_224-d0.5-32": {"depth": 6},
+        "vit_tiny_patch16_224-32": {},
+    }
+    (narrow,) = expand([CandidatePlan(model="timm:resnet18", name="net", widths=(0.25,))], [(32, 32)])
+    assert (narrow.name, narrow.student.arguments) == ("net-w0.25-32", {"channels": [16, 32, 64, 128]})
+
+
+def test_a_pattern_takes_its_widths_along():
+    found = expand([CandidatePlan(model="timm:resnet1[0-4]t", widths=(0.5, 1.0))], [(32, 32)])
+    assert [one.name for one in found] == ["resnet10t-w0.5-32", "resnet10t-32", "resnet14t-w0.5-32", "resnet14t-32"]
+
+
+def test_what_cannot_be_scaled_is_refused_by_name():
+    with pytest.raises(ModelError, match="timm:vgg11 cannot be scaled in width"):
+        expand([CandidatePlan(model="timm:vgg11", widths=(0.5,))], [(32, 32)])
+
+
+def test_widths_are_read_from_a_plan_and_plans_without_them_are_what_they_were():
+    found = load_plan("demo", ["student={model='auto'}", "select.candidates=[{model='timm:resnet18',widths=[0.5,1],depths=[1]}]"])
+    assert found.select.candidates[0].widths == (0.5, 1.0)
+    assert RunPlan.model_validate_json(found.model_dump_json()) == found
+    assert set(CandidatePlan(model="timm:resnet18").model_dump()) == {*ModelPlan(model="x").model_dump(), "name"}
+    with pytest.raises(PlanError, match="widths"):
+        load_plan("demo", ["student={model='auto'}", "select.candidates=[{model='timm:resnet18',widths=[0]}]"])

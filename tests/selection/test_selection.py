@@ -12,6 +12,7 @@ from fofa_deploy.config import load_plan
 from fofa_deploy.errors import PlanError
 from fofa_deploy.pipeline import compress_and_export, opened
 from fofa_deploy.progress import Quiet
+from fofa_deploy.report import read_report
 from fofa_deploy.select.record import Selection
 from fofa_deploy.store import manifests
 
@@ -105,6 +106,8 @@ def test_those_that_fit_climb_and_one_is_chosen_by_what_is_foretold(chosen):
     fits = [named(selection)[name] for name in ("vit", "slim", "mixer")]
     assert sorted(len(one.rungs) for one in fits) == [1, 2, 2], "half of three, rounded up, climbs on"
     assert [one.name for one in fits if one.chosen] == [selection.name]
+    assert all(0 < one.affinity <= 1 for one in fits)
+    assert all(one.affinity is None for one in selection.candidates if not one.rungs)
     assert all(point.seen < selection.foretold.seen for one in fits for point in one.rungs)
     best = max(one.foretold.top1 for one in fits if len(one.rungs) == 2)
     assert selection.foretold.top1 >= best - 0.005
@@ -126,6 +129,10 @@ def test_the_whole_job_goes_on_with_the_chosen_one_and_tells_what_became_of_it(c
     assert report.student.model == selection.student.model
     (word,) = [notice for notice in report.notices if "foretold" in notice]
     assert "reached" in word
+    assert report.choice == selection.told()
+    assert [row.name for row in report.choice.rows if row.chosen] == [selection.name]
+    assert {row.name for row in report.choice.rows if row.front} == set(selection.front)
+    assert "Which student" in (out / "report.html").read_text()
     assert {timing.stage: timing.reused for timing in report.stages}["selection"]
     assert {row.target for row in report.targets if row.chosen} == {"cpu-onnxruntime", "openvino-fp32"}
     again = subprocess.run(
@@ -180,3 +187,74 @@ def test_the_verb_refuses_a_plan_that_names_its_student(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "student.model" in done.stderr
+
+
+# --- a student for each target
+
+
+@pytest.fixture(scope="module")
+def divided(aid, tmp_path_factory):
+    """Two targets that cannot but have different students: one cannot build the small one, the other has room for no other."""
+    root = tmp_path_factory.mktemp("each")
+    (root / "small.toml").write_text(
+        'name = "small"\ndescription = "d"\nruntime = "onnxruntime"\nprecisions = ["fp32"]\n[budget]\nsize_bytes = 150000\n'
+    )
+    tiny = "{channels=[4,4,8,8],stem_width=4}"
+    large = "{patch_size=4,embed_dim=64,depth=2,num_heads=2}"
+    plan = root / "plan.json"
+    listed = (
+        f"[{{model='timm:resnet10t',name='cnn',arguments={tiny}}},"
+        f"{{model='timm:vit_tiny_patch16_224',name='vit',arguments={large}}}]"
+    )
+    targets = f"targets=['{root / 'small.toml'}','{Path(__file__).parent / 'openvino-fp32.toml'}']"
+    more = (f"select.candidates={listed}", targets, "select.rungs=1", f"required=['{root / 'small.toml'}']", "qat.when='never'")
+    plan.write_text(auto(*more, "select.fit='each'").model_dump_json())
+    return plan, root / "run"
+
+
+def verb(*words):
+    command = [sys.executable, "-m", "fofa_deploy", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_each_target_gets_its_own_student_and_the_commands_make_them(divided):
+    plan, out = divided
+    done = verb("select", plan, "--out", out)
+    assert done.returncode == 0, done.stderr
+    found = Selection.load(out / "selection")
+    assert [(one.target, one.name) for one in found.choices] == [("small", "cnn-16"), ("openvino-fp32", "vit-16")]
+    assert {one.name: one.chosen_for for one in found.candidates} == {"cnn-16": ("small",), "vit-16": ("openvino-fp32",)}
+    assert all(f"## {one.target}: {one.name}" in (out / "selection" / "selection.md").read_text() for one in found.choices)
+    refused = verb("compress-and-export", plan, "--out", out)
+    assert refused.returncode == 2
+    assert "cnn-16 for small, vit-16 for openvino-fp32" in refused.stderr
+    lines = [line for line in refused.stderr.splitlines() if line.startswith(("mkdir", "cp", "fofa-deploy"))]
+    assert len(lines) == 6
+    assert all(line in done.stdout.splitlines() for line in lines)
+    script = "\n".join(line.replace("fofa-deploy", f"{sys.executable} -m fofa_deploy", 1) for line in lines)
+    made = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, timeout=600, check=False)
+    assert made.returncode == 0, made.stderr
+    for choice in found.choices:
+        report = read_report(out.with_name(f"run-{choice.name}"))
+        assert report.student.model == choice.student.model
+        assert [row.target for row in report.targets if row.chosen] == [choice.target]
+        reused = {stage.stage: stage.reused for stage in report.stages}
+        assert reused["teacher"]
+        assert reused["data"]
+
+
+def test_where_one_is_to_fit_all_and_none_does_the_way_out_is_named(divided, tmp_path):
+    shutil.copytree(divided[1].parent / "run", tmp_path / "run")
+    done = verb("select", divided[0], "--out", tmp_path / "run", "--force", "--set", "select.fit=all")
+    assert done.returncode == 2
+    assert "no candidate fits all of small, openvino-fp32" in done.stderr
+    assert "select.fit = 'each'" in done.stderr
+
+
+def test_a_candidate_climbs_for_the_targets_that_it_fits_and_no_others(chosen, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(chosen[0], out)
+    with opened(auto("budget.size_bytes=2000000", "select.fit='each'"), out, Quiet(), True, settled=False) as run:
+        found = run.choose()
+    assert [choice.target for choice in found.choices] == ["cpu-onnxruntime", "openvino-fp32"]
+    assert len(list(out.glob("candidates/*/rung-1/weights.safetensors"))) == 4, "the cnn fits one of the targets"

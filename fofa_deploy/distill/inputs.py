@@ -1,0 +1,19 @@
+"""What decides a model's training and outputs, as inputs of the stages that read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fofa_deploy.config import ModelPlan
+from fofa_deploy.distill.job import WEIGHTS
+from fofa_deploy.models import code_identity
+
+
+def taught_inputs(plan: ModelPlan, folder: Path) -> dict[str, object]:
+    """All that decides what a teacher teaches."""
+    return {"weights": folder / WEIGHTS, "taps": plan.taps, "code": code_identity(plan), **pruned_inputs(plan)}
+
+
+def pruned_inputs(plan: ModelPlan) -> dict[str, object]:
+    """Part of what decides a model's outputs where it is pruned; absent where not, as in runs from before there was pruning."""
+    return {"prune": plan.prune} if plan.prune else {}
