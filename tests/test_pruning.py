@@ -14,11 +14,11 @@ from fofa_deploy.capture import capture
 from fofa_deploy.config import DataPlan, DistillPlan, ModelPlan, TeacherPlan
 from fofa_deploy.data import Split
 from fofa_deploy.data.sources import ArraySource
+from fofa_deploy.distill.inputs import pruned_inputs
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.errors import ModelError
 from fofa_deploy.models import build_model, code_identity, load_weights, parameter_count, save_weights
-from fofa_deploy.pipeline import _pruned
 from fofa_deploy.profile import find_profile
 from fofa_deploy.store import canonical, digest
 from fofa_deploy.types import Preprocessing
@@ -176,6 +176,6 @@ def test_keys_follow_the_share_and_are_the_old_ones_without_it():
     assert "prune" not in TeacherPlan(**CNN).decisive()
     assert TeacherPlan(**CNN, prune=0.5).decisive()["prune"] == 0.5
     assert digest(plain) != digest(small)
-    assert _pruned(plain) == {}
-    assert _pruned(small) == {"prune": 0.5}
+    assert pruned_inputs(plain) == {}
+    assert pruned_inputs(small) == {"prune": 0.5}
     assert code_identity(plain) != code_identity(small)
