@@ -295,7 +295,7 @@ def test_a_job_that_hangs_is_ended_over_there(server, tmp_path):
     write_hanging(tmp_path / "pid", tmp_path / "b.zip")
     with pytest.raises(ChildError, match=r"killed after 1 s"):
         exchange(server.place().transport, sys.executable, tmp_path / "b.zip", 1)
-    assert not alive(int((tmp_path / "pid").read_text()))
+    wait_until(lambda: not alive(int((tmp_path / "pid").read_text())), "the job is not ended")
     wait_until(lambda: server.left() == [], "the device's folder is not removed")
 
 
