@@ -41,6 +41,9 @@ class Judged(Frozen):
     chosen: bool = False
     chosen_for: tuple[str, ...] = Field(default=(), description="targets, where each has a student of its own")
 
+    def on(self, target: str) -> OnTarget | None:
+        return next((row for row in self.targets if row.target == target), None)
+
     @property
     def fate(self) -> str:
         """In words."""
@@ -87,10 +90,12 @@ class Selection(Choice):
         found = "" if reached is None else f", {reached:.1%} reached"
         return f"{told}: {self.foretold.top1:.1%} validation accuracy foretold{found}"
 
+    def _best_first(self) -> list[Judged]:
+        return sorted(self.candidates, key=lambda one: -(one.foretold.top1 if one.foretold else -1))
+
     def told(self) -> StudentChoice:
         """For the report: the best foretold first, then in the plan's order."""
-        ordered = sorted(self.candidates, key=lambda one: -(one.foretold.top1 if one.foretold else -1))
-        rows = tuple(_told(one, self.target, self.front) for one in ordered)
+        rows = tuple(_told(one, self.target, self.front) for one in self._best_first())
         return StudentChoice(target=self.target, made_at=self.made_at, rows=rows)
 
     def write(self, folder: Path) -> None:
@@ -109,9 +114,8 @@ class Selection(Choice):
 
     def _table(self, target: str) -> list[str]:
         head = "| candidate | parameters | recipe | p50 ms | p90 ms | KiB | rungs, validation | affinity | foretold | |"
-        best_first = sorted(self.candidates, key=lambda one: -(one.foretold.top1 if one.foretold else -1))
         told = f"Latencies on {target}, with random weights, {self.made_at}: an aid; the chosen one is measured anew."
-        return [told, "", head, "|---" * 10 + "|", *(_row(one, target) for one in best_first)]
+        return [told, "", head, "|---" * 10 + "|", *(_row(one, target) for one in self._best_first())]
 
     def draw(self, path: Path) -> None:
         """Foretold accuracy over measured p50 latency, as SVG, the front as a line; a panel per choice."""
@@ -134,7 +138,7 @@ class Selection(Choice):
 
 
 def _row(one: Judged, target: str) -> str:
-    row = next((row for row in one.targets if row.target == target), None)
+    row = one.on(target)
     speed = row.speed if row else None
     times = ("", "", "") if speed is None else (f"{speed.p50_ms:.3f}", _number(speed.p90_ms), _kib(speed.size_bytes))
     rungs = " ".join(f"{point.top1:.1%}" for point in one.rungs)
@@ -145,7 +149,7 @@ def _row(one: Judged, target: str) -> str:
 
 
 def _told(one: Judged, target: str, front: tuple[str, ...]) -> CandidateRow:
-    row = next((row for row in one.targets if row.target == target), None)
+    row = one.on(target)
     speed = row.speed if row else None
     figures = {name: getattr(speed, name, None) for name in ("p50_ms", "p90_ms", "size_bytes")}
     return CandidateRow(
@@ -162,7 +166,7 @@ def _told(one: Judged, target: str, front: tuple[str, ...]) -> CandidateRow:
 
 
 def _place(one: Judged, target: str) -> tuple[float, float] | None:
-    row = next((row for row in one.targets if row.target == target), None)
+    row = one.on(target)
     if one.foretold is None or row is None or row.speed is None:
         return None
     return row.speed.p50_ms, 100 * one.foretold.top1
