@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from fofa_deploy.errors import PlanError
 from fofa_deploy.profile import is_path
@@ -20,15 +20,16 @@ from fofa_deploy.training import DistillPlan as DistillPlan
 from fofa_deploy.training import FofaPlan as FofaPlan
 from fofa_deploy.training import ModelPlan as ModelPlan
 from fofa_deploy.training import QatPlan as QatPlan
+from fofa_deploy.training import Size as Size
 from fofa_deploy.training import TeacherPlan as TeacherPlan
 from fofa_deploy.training import TrainPlan as TrainPlan
 from fofa_deploy.training import WeightsPlan as WeightsPlan
+from fofa_deploy.training import size_name as size_name
 from fofa_deploy.types import Budget, Fraction, Frozen
 
 AUTO = "auto"
 """The student's model where it is to be chosen."""
 
-Side = Annotated[int, Field(ge=4, le=4096)]
 Factor = Annotated[float, Field(ge=0.1, le=10.0)]
 
 
@@ -43,7 +44,7 @@ class DataPlan(Frozen):
     test_split: str = "validation"
     validation_fraction: Annotated[float, Field(gt=0.0, lt=0.9)] = Field(default=0.1, description="held out of the training split")
     limit: PositiveInt | None = Field(default=None, description="use only this many training images, class-balanced")
-    image_size: tuple[Side, Side] = Field(default=(224, 224), description="height, width; one number means a square")
+    image_size: Size = Field(default=(224, 224), description="height, width; one number means a square")
     channels: Literal[1, 3] = 3
     mean: tuple[float, ...] = (0.5,)
     std: tuple[PositiveFloat, ...] = (0.5,)
@@ -60,12 +61,11 @@ class DataPlan(Frozen):
         """Without labels nothing is trained, and artifacts are held to PyTorch alone."""
         return self.name != "images"
 
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _square(cls, value: object) -> object:
-        if isinstance(value, int):
-            return value, value
-        return tuple(value) if isinstance(value, list) else value  # strict mode takes no list from Python
+    def at(self, size: tuple[int, int] | None) -> Self:
+        """The same images at another height and width, shifted as far of it; None: as it is."""
+        if size is None or size == self.image_size:
+            return self
+        return self.model_copy(update={"image_size": size, "shift": round(self.shift * size[0] / self.image_size[0])})
 
     @model_validator(mode="after")
     def _one_per_channel(self) -> Self:
@@ -91,6 +91,11 @@ class SelectPlan(Frozen):
     """How the student of ``student.model = "auto"`` is chosen; docs/selection.md."""
 
     candidates: tuple[CandidatePlan, ...] = Field(default=(), description="default: a list for the first target's kind of device")
+    image_sizes: tuple[Size, ...] = Field(
+        default=(),
+        exclude_if=lambda sizes: not sizes,  # plans without it are what they were, and so are their stages' keys
+        description="each a candidate of its own of every line that names no image_size; default: data.image_size",
+    )
     fit: Literal["all", "each"] = Field(
         default="all",
         exclude_if=lambda fit: fit == "all",  # plans without it are what they were, and so are their stages' keys

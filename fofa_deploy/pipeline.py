@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from fofa_deploy import __version__, environment
 from fofa_deploy.capture import capture, write_expected
-from fofa_deploy.config import AUTO, AccuracyPlan, ModelPlan, RunPlan, TeacherPlan
-from fofa_deploy.data import Data, load_data, preprocessing, scan, write_split
+from fofa_deploy.config import AUTO, AccuracyPlan, ModelPlan, RunPlan, TeacherPlan, size_name
+from fofa_deploy.data import Data, load_data, preprocessing, write_splits
 from fofa_deploy.distill import parallel
 from fofa_deploy.distill.inputs import pruned_inputs, taught_inputs
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_notices, read_summary, retraining
@@ -56,6 +56,7 @@ class Run:
 
     def __init__(self, plan: RunPlan, store: Store, progress: Progress, stored: bool = False) -> None:
         self.plan, self.store, self.progress, self._stored = plan, store, progress, stored
+        self._made: dict[str, Path] = {}
         self.notices: list[str] = []
         self.selection: Selection | None = None
         self.profiles = [find_profile(name) for name in plan.targets]
@@ -68,9 +69,10 @@ class Run:
     def _stage(
         self, stage: str, inputs: Callable[[], Mapping[str, object]], work: Callable[[Path], None], *, resumable: bool = False
     ) -> Path:
-        if self._stored:
-            return self.store.existing(stage)
-        return self.store.run(stage, inputs(), work, resumable=resumable)
+        if stage not in self._made:
+            run = self.store.existing if self._stored else partial(self.store.run, inputs=inputs(), work=work, resumable=resumable)
+            self._made[stage] = run(stage)
+        return self._made[stage]
 
     @cached_property
     def data(self) -> Data:
@@ -81,20 +83,22 @@ class Run:
     def workshop(self) -> Workshop:
         return Workshop(self.data, self.plan.seed, self.plan.threads, self.progress)
 
-    @cached_property
+    @property
     def splits(self) -> Path:
-        """validation/, test/ and calibration/: what children read. Every image has been decoded once by then."""
-        sizes = self.plan.verify
+        """validation/, test/ and calibration/ as the student sees them: what children read."""
+        return self._splits(self.plan.student.image_size)
+
+    def _splits(self, size: tuple[int, int] | None = None) -> Path:
+        """At a model's own size, or the plan's. Every image has been decoded once by then."""
+        data = self.plan.data
+        own = data.at(size) is not data
 
         def work(out: Path) -> None:
-            data = self.data
-            for name, split in (("training", data.train), ("validation", data.validation), ("test", data.test)):
-                scan(split, self.progress, name)
-            write_split(data.validation.head(sizes.samples), out / "validation", self.progress, "validation")
-            write_split(data.test.head(sizes.samples), out / "test", self.progress, "test")
-            write_split(data.train.head(sizes.calibration), out / "calibration", self.progress, "calibration")
+            known = own and self._splits()
+            write_splits(self.data.at(size), self.plan.verify, out, self.progress, scanned=bool(known))
 
-        return self._stage("data", lambda: {"data": self.data.digest, "sizes": sizes}, work)
+        stage = f"data-{size_name(size)}" if size and own else "data"
+        return self._stage(stage, lambda: {"data": self.data.digest, "sizes": self.plan.verify}, work)
 
     @cached_property
     def teacher(self) -> tuple[TeacherPlan, Path] | None:
@@ -118,7 +122,7 @@ class Run:
     @property
     def _after_scan(self) -> Workshop:
         """The workshop, once every image is known to be readable."""
-        _ = self.splits
+        self._splits()
         return self.workshop
 
     def choose(self) -> Selection | None:
@@ -153,26 +157,19 @@ class Run:
         if parallel.size() > 1:
             action = "run fofa-deploy select in one process first; the launched command then finds its choice"
             raise PlanError("several processes cannot choose a student together", action)
-        ingredients = self._after_scan, self.splits / "calibration", self.teacher
-        return select_student(self.plan, self.profiles, self.store, *ingredients, self._training_inputs())
+        return select_student(self.plan, self.profiles, self.store, self._after_scan, self.teacher, self._training_inputs())
 
     @cached_property
     def student(self) -> Path:
         """The folder with the student's weights, training curve and accuracy."""
-        plan, teacher = self.plan, self.teacher
+        plan = self.plan
 
         def inputs() -> dict[str, object]:
-            return {
-                "student": plan.student,
-                "code": code_identity(plan.student),
-                "distill": plan.distill and plan.distill.decisive(),
-                "data": self.data.digest,
-                "seed": plan.seed,
-                "teacher": teacher and taught_inputs(*teacher),
-            }
+            method = plan.distill and plan.distill.decisive()
+            return {"student": plan.student, "code": code_identity(plan.student), "distill": method, **self._training_inputs()}
 
         def work(out: Path) -> None:
-            self._after_scan.distill(plan.student, plan.distill, out, teacher)
+            self._after_scan.distill(plan.student, plan.distill, out, self.teacher)
 
         return self._stage("student", inputs, work, resumable=True)
 
@@ -217,7 +214,8 @@ class Run:
         def work(out: Path) -> None:
             self.progress.say(f"capture {plan.model}")
             model = self.workshop.load(plan, folder)
-            capture(model, plan.model, preprocessing(self.plan.data), self.data.class_names, self.data.validation, out)
+            data = self.workshop.seen_by(plan)
+            capture(model, plan.model, preprocessing(data.plan), data.class_names, data.validation, out)
             check = GraphCheck(folder=out, profile=find_profile(REFERENCE))
             run_isolated("fofa_deploy.verify:check_graph", check, Comparison, seconds=self.plan.limits.run_seconds)
 
@@ -228,7 +226,7 @@ class Run:
     def _model_inputs(self, plan: ModelPlan, folder: Path) -> dict[str, object]:
         """All that decides a trained model's outputs."""
         made_of = {"model": plan.model, "arguments": plan.arguments, "code": code_identity(plan), **pruned_inputs(plan)}
-        return {"weights": folder / WEIGHTS, "model": made_of, "preprocessing": preprocessing(self.plan.data)}
+        return {"weights": folder / WEIGHTS, "model": made_of, "preprocessing": preprocessing(self.plan.data.at(plan.image_size))}
 
     @cached_property
     def expected(self) -> Path:
@@ -238,12 +236,13 @@ class Run:
     def _expected(self, stage: str, plan: ModelPlan, folder: Path) -> Path:
         def inputs() -> dict[str, object]:
             versions = environment.package_versions(("torch",))
-            return {**self._model_inputs(plan, folder), "splits": self.splits, "versions": versions}
+            return {**self._model_inputs(plan, folder), "splits": self._splits(plan.image_size), "versions": versions}
 
         def work(out: Path) -> None:
             self.progress.say(f"run {plan.model} in PyTorch")
-            splits = {name: getattr(self.data, name).head(self.plan.verify.samples) for name in ("validation", "test")}
-            write_expected(self.workshop.load(plan, folder), splits, preprocessing(self.plan.data), out)
+            data = self.workshop.seen_by(plan)
+            splits = {name: getattr(data, name).head(self.plan.verify.samples) for name in ("validation", "test")}
+            write_expected(self.workshop.load(plan, folder), splits, preprocessing(data.plan), out)
 
         return self._stage(stage, inputs, work)
 
@@ -263,7 +262,7 @@ class Run:
             return None
 
     def _reference_artifact(self, plan: ModelPlan, graph: Path, expected: Path) -> tuple[TargetRow, Candidate]:
-        evidence = self._evidence(graph, expected)
+        evidence = self._evidence(plan, graph, expected)
         profile = find_profile(REFERENCE).model_copy(update={"name": "reference"})
         # Held to PyTorch alone: the plan's accuracy budget is the student's.
         settings = replace(self._settings("fp32"), accuracy=AccuracyPlan(), build=not self._stored)
@@ -279,11 +278,11 @@ class Run:
         without ``timed`` there is no reference to race against."""
         settings = replace(self._settings(recipe), fresh=fresh, build=build)
         reference = self.reference[1] if timed and self.reference else None
-        files = self.graph, self._evidence(self.graph, self.expected), self.splits / "calibration"
+        files = self.graph, self._evidence(self.plan.student, self.graph, self.expected), self.splits / "calibration"
         return RecoveringTuner(self.store, *files, settings, self.progress, reference, self.plan.qat.when, self._retrained)
 
-    def _evidence(self, graph: Path, expected: Path) -> Evidence:
-        return Evidence(graph / "golden.npz", self.splits, expected, self.plan.data.labelled)
+    def _evidence(self, plan: ModelPlan, graph: Path, expected: Path) -> Evidence:
+        return Evidence(graph / "golden.npz", self._splits(plan.image_size), expected, self.plan.data.labelled)
 
     def _retrained(self, settings: Settings) -> Tuner | None:
         """For the retrained student's graph; None, with a notice, where it cannot be had: the other recipes do not need it."""
@@ -293,7 +292,7 @@ class Run:
         except (StageError, UserError, UnavailableError) as error:
             self.notices.append(f"no quantization-aware training: {error.message}")
             return None
-        files = graph, self._evidence(graph, expected), self.splits / "calibration"
+        files = graph, self._evidence(self.plan.student, graph, expected), self.splits / "calibration"
         return RetrainedTuner(self.store, *files, settings, self.progress)
 
     def targets(self) -> tuple[list[TargetRow], TargetRow | None]:

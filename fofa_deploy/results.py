@@ -140,6 +140,7 @@ class ModelSummary(Frozen):
 
     model: str
     params: PositiveInt
+    image_size: tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="height, width that it works at")
     top1: Fraction | None = None
     top5: Fraction | None = None
     top1_validation: Fraction | None = None
@@ -179,6 +180,7 @@ class CandidateRow(Frozen):
     """A network that might have become the student; its latency is an aid for choosing, taken with random weights."""
 
     name: str
+    image_size: tuple[PositiveInt, PositiveInt] | None = Field(default=None, description="height, width")
     params: PositiveInt | None
     recipe: str
     p50_ms: PositiveFloat | None

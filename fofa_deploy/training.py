@@ -5,9 +5,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from fofa_deploy.types import Fraction, Frozen, Scalar
+
+Side = Annotated[int, Field(ge=4, le=4096)]
+
+
+def _square(value: object) -> object:
+    if isinstance(value, int):
+        return value, value
+    return tuple(value) if isinstance(value, list) else value  # strict mode takes no list from Python
+
+
+Size = Annotated[tuple[Side, Side], BeforeValidator(_square)]
+"""Height and width in pixels; one number means a square."""
+
+
+def size_name(size: tuple[int, int]) -> str:
+    """As names of candidates and folders end: ``96``, or ``96x128`` where height and width differ."""
+    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 class ModelPlan(Frozen):
@@ -17,6 +43,11 @@ class ModelPlan(Frozen):
     arguments: dict[str, Scalar | list[Scalar]] = Field(default={}, description="passed on to the constructor")
     checkpoint: Path | None = Field(default=None, description="safetensors, or a .pt of plain tensors; loaded strictly")
     pretrained: bool = Field(default=False, description="timm's own weights, from its hub")
+    image_size: Size | None = Field(
+        default=None,
+        exclude_if=lambda size: size is None,  # plans without it are what they were, and so are their stages' keys
+        description="height, width that it works at; default: data.image_size",
+    )
     taps: tuple[str, ...] = Field(default=(), description="module names to take features from; timm models declare their own")
     prune: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         default=0.0,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fofa_deploy.config import DistillPlan
+from fofa_deploy.distill.grids import resize
 from fofa_deploy.distill.objective import Losses, Objective
 from fofa_deploy.distill.tapped import Features, TappedModel
 from fofa_deploy.distill.taps import tap
@@ -196,11 +197,11 @@ def _tapped(name: str, shape: tuple[int, int, int]) -> TappedModel:
     return tap(_build(name, {}, None), shape)
 
 
-def _objective(student: TappedModel, teacher: TappedModel, teacher_size: tuple[int, int] | None = None) -> Objective:
+def _objective(student: TappedModel, teacher: TappedModel) -> Objective:
     torch.manual_seed(2)
     fofa = {"width": 16, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4)}
     plan = DistillPlan(method="fofa", fofa=fofa)
-    return Objective(student, teacher, plan, teacher_size).train()
+    return Objective(student, teacher, plan).train()
 
 
 def _images(shape: tuple[int, int, int], count: int = 2) -> Tensor:
@@ -329,8 +330,9 @@ class _Watch:
     def larger_student(self, side: int) -> None:
         """The same teacher, for a student that sees larger images."""
         larger = (3, side + 32, side + 32)
-        objective = _objective(_tapped(STUDENT, larger), self.objective.teacher, (side, side))
-        self.finite(objective(_images(larger), torch.arange(2)), "with another image size for the teacher")
+        objective = _objective(_tapped(STUDENT, larger), self.objective.teacher)
+        images = _images(larger)
+        self.finite(objective(images, torch.arange(2), resize(images, (side, side))), "with another image size for the teacher")
 
     def frozen(self) -> None:
         """The teacher is bit for bit what it was, and in eval mode; no hook is left in either model."""

@@ -2,6 +2,17 @@
 
 from fofa_deploy.data.batches import augmented, epoch_batches, eval_batches
 from fofa_deploy.data.sources import preprocessing
-from fofa_deploy.data.splits import Data, Split, load_data, scan, write_split
+from fofa_deploy.data.splits import Data, Split, load_data, scan, write_split, write_splits
 
-__all__ = ["Data", "Split", "augmented", "epoch_batches", "eval_batches", "load_data", "preprocessing", "scan", "write_split"]
+__all__ = [
+    "Data",
+    "Split",
+    "augmented",
+    "epoch_batches",
+    "eval_batches",
+    "load_data",
+    "preprocessing",
+    "scan",
+    "write_split",
+    "write_splits",
+]

@@ -6,6 +6,7 @@ verification and the deployed model see the same numbers.
 
 from __future__ import annotations
 
+import copy
 import gzip
 import hashlib
 import io
@@ -53,6 +54,10 @@ class Source(Protocol):
         """uint8 (B,C,H,W); ``boxes`` (B,4) cuts left, top, right, bottom fractions out of each image first."""
         ...
 
+    def at(self, plan: DataPlan) -> Source:
+        """The same images, by a plan that differs in the size alone: made from the originals anew."""
+        ...
+
     def name(self, index: int) -> str:
         """What to call an image in an error message."""
         ...
@@ -96,13 +101,19 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 class ArraySource:
-    """Images that fit in memory, resized once."""
+    """Images that fit in memory, resized once for each size that is asked for."""
 
     def __init__(self, raw: Pixels, labels: Indices, names: tuple[str, ...], plan: DataPlan, where: str) -> None:
-        self._plan, self._where = plan, where
+        self._raw, self._plan, self._where = raw, plan, where
+        self._others: dict[DataPlan, ArraySource] = {}
         self._pixels = np.stack([to_pixels(Image.fromarray(image), plan) for image in raw])
         self.labels, self.class_names = labels, names
         self.digest = digest([raw.shape, array_digest(raw), array_digest(labels)])
+
+    def at(self, plan: DataPlan) -> ArraySource:
+        if plan not in self._others:
+            self._others[plan] = ArraySource(self._raw, self.labels, self.class_names, plan, self._where)
+        return self._others[plan]
 
     def images(self, indices: Indices, boxes: Boxes | None = None) -> Pixels:
         if boxes is None:
@@ -150,6 +161,12 @@ class FileSource:
             return digest(rows)
         chunks = [np.arange(start, min(start + 64, len(self.labels))) for start in range(0, len(self.labels), 64)]
         return digest([array_digest(self.labels), *(array_digest(self.images(chunk)) for chunk in chunks)])
+
+    def at(self, plan: DataPlan) -> FileSource:
+        twin = copy.copy(self)
+        twin._plan = plan
+        twin.__dict__.pop("digest", None)  # which may be of decoded images
+        return twin
 
     @cached_property
     def files(self) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fofa_deploy.config import DataPlan
+from fofa_deploy.config import DataPlan, VerifyPlan
 from fofa_deploy.data.sources import Indices, Pixels, Source, array_digest, open_sources
 from fofa_deploy.errors import DataError
 from fofa_deploy.progress import Progress
@@ -34,6 +34,9 @@ class Split:
     def head(self, count: int) -> Split:
         return Split(self.source, self.indices[:count])
 
+    def at(self, plan: DataPlan) -> Split:
+        return Split(self.source.at(plan), self.indices)
+
 
 @dataclass(frozen=True)
 class Data:
@@ -47,6 +50,11 @@ class Data:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.train.source.class_names
+
+    def at(self, size: tuple[int, int] | None) -> Data:
+        """The same images in the same splits, resized from the originals to another height and width. None: as they are."""
+        plan = self.plan.at(size)
+        return self if plan is self.plan else Data(plan, *(part.at(plan) for part in (self.train, self.validation, self.test)))
 
     @cached_property
     def digest(self) -> str:
@@ -80,6 +88,16 @@ def load_data(plan: DataPlan, seed: int) -> Data:
         rest = rest[: plan.limit]
     shuffled, first = stratified(test.labels, 0.0, seed)
     return Data(plan, Split(train, rest), Split(train, held_out), Split(test, np.concatenate([first, shuffled])))
+
+
+def write_splits(data: Data, sizes: VerifyPlan, folder: Path, progress: Progress, scanned: bool = False) -> None:
+    """``validation/``, ``test/`` and ``calibration/``, as `write_split` writes them; every image is read first, unless ``scanned``."""
+    for name, split in (("training", data.train), ("validation", data.validation), ("test", data.test)):
+        if not scanned:
+            scan(split, progress, name)
+    write_split(data.validation.head(sizes.samples), folder / "validation", progress, "validation")
+    write_split(data.test.head(sizes.samples), folder / "test", progress, "test")
+    write_split(data.train.head(sizes.calibration), folder / "calibration", progress, "calibration")
 
 
 def write_split(split: Split, folder: Path, progress: Progress, name: str) -> None:

@@ -16,7 +16,6 @@ from fofa_deploy.distill.grids import pool
 from fofa_deploy.distill.tapped import TappedModel
 from fofa_deploy.distill.taps import evenly
 from fofa_deploy.inference import Normalize
-from fofa_deploy.types import Preprocessing
 
 IMAGES = 256
 """Images that features are compared on: each gives as many rows as there are regions."""
@@ -25,24 +24,27 @@ BATCH = 64
 
 
 @torch.no_grad()
-def affinity(student: TappedModel, teacher: TappedModel, images: Split, preprocessing: Preprocessing, regions: int) -> float | None:
+def affinity(
+    student: TappedModel, teacher: TappedModel, images: Split, shown: Split, normalize: Normalize, regions: int
+) -> float | None:
     """Mean over stages of the linear CKA between student and teacher, on the first `IMAGES` of a split; in eval mode.
 
     Args:
+        shown: the same images at the teacher's size.
         regions: per map, a square number.
 
     Returns:
         Between 0 and 1; None where the features of one do not vary.
     """
     pairs = min(len(student.stages), len(teacher.stages))
-    ours, theirs = (_features(model, pairs, images, preprocessing, round(regions**0.5)) for model in (student, teacher))
+    views = (student, images), (teacher, shown)
+    ours, theirs = (_features(model, pairs, seen, normalize, round(regions**0.5)) for model, seen in views)
     return _mean([linear_cka(one, other) for one, other in zip(ours, theirs, strict=True)])
 
 
-def _features(model: TappedModel, count: int, images: Split, preprocessing: Preprocessing, side: int) -> list[Tensor]:
+def _features(model: TappedModel, count: int, images: Split, normalize: Normalize, side: int) -> list[Tensor]:
     """Of ``count`` stages: (images * side * side, C)."""
     model.eval()
-    normalize = Normalize(preprocessing)
     rows: list[list[Tensor]] = [[] for _ in range(count)]
     for pixels, _ in eval_batches(images.head(IMAGES), BATCH):
         maps = model(normalize(torch.from_numpy(pixels))).maps

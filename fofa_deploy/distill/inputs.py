@@ -11,7 +11,8 @@ from fofa_deploy.models import code_identity
 
 def taught_inputs(plan: ModelPlan, folder: Path) -> dict[str, object]:
     """All that decides what a teacher teaches."""
-    return {"weights": folder / WEIGHTS, "taps": plan.taps, "code": code_identity(plan), **pruned_inputs(plan)}
+    sized = {"image_size": plan.image_size} if plan.image_size else {}
+    return {"weights": folder / WEIGHTS, "taps": plan.taps, "code": code_identity(plan), **pruned_inputs(plan), **sized}
 
 
 def pruned_inputs(plan: ModelPlan) -> dict[str, object]:

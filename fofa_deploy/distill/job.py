@@ -18,6 +18,7 @@ from fofa_deploy.distill.affinity import affinity
 from fofa_deploy.distill.fake import fake_quantized
 from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.objective import Objective
+from fofa_deploy.distill.tapped import TappedModel
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.errors import TrainingError
 from fofa_deploy.inference import Normalize, predict
@@ -56,11 +57,16 @@ class Workshop:
     threads: int
     progress: Progress
 
+    def seen_by(self, plan: ModelPlan) -> Data:
+        """The data at the size that a model works at."""
+        return self.data.at(plan.image_size)
+
     def new(self, plan: ModelPlan) -> nn.Module:
         """The plan's model with its own weights, or freshly initialized ones that depend on the seed alone."""
         torch.set_num_threads(self.threads or max(1, Execution().thread_count // parallel.neighbours()))
         torch.manual_seed(self.seed)
-        return build_model(plan, len(self.data.class_names), self.data.plan.channels, self.data.plan.image_size)
+        channels, height, width = self._shape(plan)
+        return build_model(plan, len(self.data.class_names), channels, (height, width))
 
     def load(self, plan: ModelPlan, folder: Path) -> nn.Module:
         """The model that `fit` or `distill` left in ``folder``, in eval mode."""
@@ -81,7 +87,7 @@ class Workshop:
         if plan.fit:
             parallel.announce(("fit", (plan, out)))
             alone = DistillPlan(method="none", **{name: getattr(plan.fit, name) for name in TrainPlan.model_fields})
-            self._train(self._objective(model, plan, alone), alone, out, "fit the teacher")
+            self._train(self._objective(model, plan, alone), plan, alone, out, "fit the teacher")
         self._finish(plan, model, out)
 
     def distill(self, plan: ModelPlan, distill: DistillPlan | None, out: Path, taught_by: Taught | None) -> None:
@@ -93,7 +99,7 @@ class Workshop:
             parallel.announce(("distill", (plan, distill, out, taught_by)))
             taught_by = None if distill.method == "none" else taught_by
             objective = self._objective(model, plan, distill, taught_by)
-            curve = self._train(objective, distill, out, f"distill the student ({distill.method})")
+            curve = self._train(objective, plan, distill, out, f"distill the student ({distill.method})", taught_by)
             _write(out / NOTICES, (*objective.notices, *forgotten(curve)))
         self._finish(plan, model, out)
 
@@ -106,34 +112,42 @@ class Workshop:
         parallel.announce(("retrain", (plan, out, student, taught_by)))
         objective = self._objective(model, plan.student, method, taught_by)
         batches = method.epochs * len(self.data.train) / method.batch_size * method.accumulate
-        images = self._normalized(self.data.train.head(plan.verify.calibration))
+        images = self._normalized(self.seen_by(plan.student).train.head(plan.verify.calibration))
         with fake_quantized(model, plan.qat.weight_bits, round(FOLLOWED * batches), images):
-            self._train(objective, method, out, f"quantization-aware training ({method.method})")
+            self._train(objective, plan.student, method, out, f"quantization-aware training ({method.method})", taught_by)
         self._finish(plan.student, model, out)
 
     def affinity(self, plan: ModelPlan, folder: Path, taught_by: Taught, method: DistillPlan) -> float | None:
         """How alike a trained student and its teacher see validation images (:mod:`fofa_deploy.distill.affinity`), 0 to 1."""
         teacher_plan, taught = taught_by
-        shape = (self.data.plan.channels, *self.data.plan.image_size)
         pair = [(plan, folder), (teacher_plan, taught)]
-        student, teacher = (tap(self.load(p, f), shape, stages=method.fofa.stages, names=p.taps) for p, f in pair)
-        return affinity(student, teacher, self.data.validation, preprocessing(self.data.plan), method.fofa.regions)
+        student, teacher = (self._tapped(self.load(p, f), p, method) for p, f in pair)
+        images, shown = (self.seen_by(p).validation for p, _ in pair)
+        return affinity(student, teacher, images, shown, Normalize(preprocessing(self.data.plan)), method.fofa.regions)
 
     def _normalized(self, split: Split) -> Iterator[Tensor]:
         normalize = Normalize(preprocessing(self.data.plan))
         return (normalize(torch.from_numpy(images)) for images, _ in eval_batches(split, CALIBRATION_BATCH))
 
     def _objective(self, model: nn.Module, plan: ModelPlan, method: DistillPlan, taught_by: Taught | None = None) -> Objective:
-        shape = (self.data.plan.channels, *self.data.plan.image_size)
-        student = tap(model, shape, stages=method.fofa.stages, names=plan.taps)
+        student = self._tapped(model, plan, method)
         if taught_by is None:
             return Objective(student, None, method)
         teacher_plan, folder = taught_by
-        teacher = tap(self.load(teacher_plan, folder), shape, stages=method.fofa.stages, names=teacher_plan.taps)
-        return Objective(student, teacher, method)
+        return Objective(student, self._tapped(self.load(teacher_plan, folder), teacher_plan, method), method)
 
-    def _train(self, objective: Objective, plan: TrainPlan, out: Path, name: str) -> tuple[Epoch, ...]:
-        trainer = Trainer(objective, self.data, preprocessing(self.data.plan), plan, self.seed, out, self.progress, name)
+    def _tapped(self, model: nn.Module, plan: ModelPlan, method: DistillPlan) -> TappedModel:
+        return tap(model, self._shape(plan), stages=method.fofa.stages, names=plan.taps)
+
+    def _shape(self, plan: ModelPlan) -> tuple[int, int, int]:
+        """(C,H,W) of what a model sees."""
+        return (self.data.plan.channels, *self.data.plan.at(plan.image_size).image_size)
+
+    def _train(
+        self, objective: Objective, model: ModelPlan, plan: TrainPlan, out: Path, name: str, taught_by: Taught | None = None
+    ) -> tuple[Epoch, ...]:
+        shown = self.seen_by(taught_by[0]) if taught_by and self._shape(taught_by[0]) != self._shape(model) else None
+        trainer = Trainer(objective, self.seen_by(model), plan, self.seed, out, self.progress, name, shown)
         curve = trainer.run()
         _write(out / CURVE, [epoch.model_dump(mode="json") for epoch in curve])
         return curve
@@ -142,23 +156,23 @@ class Workshop:
         """Weights and accuracy; the test split is read here for the record, and decides nothing."""
         if parallel.rank() > 0:
             return
-        accuracy = self._accuracy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval())
+        data = self.seen_by(plan)
+        accuracy = _accuracy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), data)
         save_weights(model.cpu(), out / WEIGHTS)
-        summary = ModelSummary(model=plan.model, params=parameter_count(model), **accuracy)
+        summary = ModelSummary(model=plan.model, params=parameter_count(model), image_size=data.plan.image_size, **accuracy)
         write_atomic(out / SUMMARY, summary.model_dump_json(indent=1).encode())
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
-    def _accuracy(self, model: nn.Module) -> dict[str, float]:
-        if not self.data.plan.labelled:
-            return {}
-        validation, test = (
-            predict(model, split, preprocessing(self.data.plan)) for split in (self.data.validation, self.data.test)
-        )
-        return {
-            "top1": topk(test, self.data.test.labels, 1),
-            "top5": topk(test, self.data.test.labels, 5),
-            "top1_validation": topk(validation, self.data.validation.labels, 1),
-        }
+
+def _accuracy(model: nn.Module, data: Data) -> dict[str, float]:
+    if not data.plan.labelled:
+        return {}
+    validation, test = (predict(model, split, preprocessing(data.plan)) for split in (data.validation, data.test))
+    return {
+        "top1": topk(test, data.test.labels, 1),
+        "top5": topk(test, data.test.labels, 5),
+        "top1_validation": topk(validation, data.validation.labels, 1),
+    }
 
 
 def retraining(plan: RunPlan) -> DistillPlan:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from fofa_deploy.config import TrainPlan
-from fofa_deploy.data import Data, Split, augmented, epoch_batches, eval_batches
+from fofa_deploy.data import Data, Split, augmented, epoch_batches, eval_batches, preprocessing
 from fofa_deploy.data.sources import Indices, Pixels
 from fofa_deploy.distill import checkpoint, engine, parallel
 from fofa_deploy.distill.interrupt import interruptible
@@ -35,7 +35,6 @@ from fofa_deploy.inference import Normalize, predict
 from fofa_deploy.metrics import topk
 from fofa_deploy.progress import Progress, Task
 from fofa_deploy.results import Epoch
-from fofa_deploy.types import Preprocessing
 
 DIAGNOSED = 512
 """Validation images that per-epoch diagnostics look at."""
@@ -43,15 +42,15 @@ DIAGNOSED = 512
 TRACKED = 50
 """Steps between two entries in the trackers."""
 
-Batch = tuple[Pixels, Indices, int]
-"""Images and labels of this process, and the number of images in the whole batch."""
+Batch = tuple[Pixels, Indices, Pixels | None, int]
+"""Images and labels of this process, the images as the teacher sees them if otherwise, and how many the whole batch has."""
 
 
 class _Batches(Dataset[Batch]):
     """This process's part of the epoch's remaining batches, made wherever the data loader asks for it."""
 
-    def __init__(self, data: Data, batches: list[Indices], seed: int, epoch: int) -> None:
-        self._data, self._seed, self._epoch = data, seed, epoch
+    def __init__(self, data: Data, shown: Data | None, batches: list[Indices], seed: int, epoch: int) -> None:
+        self._data, self._shown, self._seed, self._epoch = data, shown, seed, epoch
         self._batches = [(parallel.share(batch), len(batch)) for batch in batches]
 
     def __len__(self) -> int:
@@ -59,9 +58,12 @@ class _Batches(Dataset[Batch]):
 
     def __getitem__(self, number: int) -> Batch:
         positions, total = self._batches[number]
-        images = augmented(self._data.train, positions, self._data.plan, self._seed, self._epoch)
+        shown = None if self._shown is None else self._images(self._shown, positions)
+        return self._images(self._data, positions), self._data.train.labels[positions], shown, total
+
+    def _images(self, data: Data, positions: Indices) -> Pixels:
         # A copy in C order: ascontiguousarray keeps odd strides of a single channel, which make torch pick another kernel.
-        return images.copy(order="C"), self._data.train.labels[positions], total
+        return augmented(data.train, positions, data.plan, self._seed, self._epoch).copy(order="C")
 
 
 class Trainer:
@@ -69,9 +71,10 @@ class Trainer:
 
     Args:
         objective: student, teacher and loss; one call is one forward pass.
-        preprocessing: turns uint8 images into the network's input.
+        data: the student's images.
         seed: of everything random.
         folder: checkpoints and ``curve.json``; given again, training goes on where it stopped.
+        shown: the same images as the teacher sees them, where its size is another.
 
     Raises:
         TrainingError: loss, gradients or statistics left the finite numbers; the last checkpoint is good.
@@ -85,19 +88,20 @@ class Trainer:
         self,
         objective: Objective,
         data: Data,
-        preprocessing: Preprocessing,
         plan: TrainPlan,
         seed: int,
         folder: Path,
         progress: Progress,
         name: str = "train",
+        shown: Data | None = None,
     ) -> None:
         self._plan, self._data, self._seed, self._folder, self._progress, self._name = plan, data, seed, folder, progress, name
         self._engine = engine.accelerator(plan, folder)
         self._device = self._engine.device
         self._objective = objective.to(self._device)
-        self._preprocessing = preprocessing
-        self._normalize = Normalize(preprocessing).to(self._device)
+        self._shown = shown
+        self._preprocessing = preprocessing(data.plan)
+        self._normalize = Normalize(self._preprocessing).to(self._device)
         if plan.channels_last:
             self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._average = _copy(self._student) if plan.ema else None
@@ -156,8 +160,8 @@ class Trainer:
         self._objective.train()
         started = saved = time.monotonic()
         elapsed_before = self._seconds
-        for images, labels, total in self._batches():
-            self._train_step(images, labels, total)
+        for batch in self._batches():
+            self._train_step(*batch)
             now = time.monotonic()
             self._seconds = elapsed_before + now - started
             task.advance(note=self._note())
@@ -179,14 +183,14 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         epoch = len(self._curve)
         batches = self._epoch_batches(epoch)[self._offset :]
-        dataset = _Batches(self._data, batches, self._seed, epoch)
+        dataset = _Batches(self._data, self._shown, batches, self._seed, epoch)
         if not self._plan.workers:
             return (dataset[i] for i in range(len(dataset)))
         # An own generator: the loader would draw its base seed from the global one, and a resumed run would see another stream.
         generator = torch.Generator().manual_seed(self._seed)
         return iter(DataLoader(dataset, batch_size=None, num_workers=self._plan.workers, collate_fn=_as_is, generator=generator))
 
-    def _train_step(self, images: Pixels, labels: Indices, total: int) -> None:
+    def _train_step(self, images: Pixels, labels: Indices, shown: Pixels | None, total: int) -> None:
         """One step of the optimizer, by this process's images of a batch of ``total``."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._rate() * group.get("lr_scale", 1.0)
@@ -196,7 +200,8 @@ class Trainer:
             # Gradients are averaged over the processes; of a loss that is a mean over images, the mean of the batch is wanted.
             weight = parallel.size() * len(piece) / total
             with nullcontext() if number == len(pieces) else self._engine.no_sync(self._wrapped):
-                self._backward(images[piece[0] : piece[-1] + 1], labels[piece[0] : piece[-1] + 1], weight)
+                part = slice(piece[0], piece[-1] + 1)
+                self._backward(images[part], labels[part], None if shown is None else shown[part], weight)
         parameters = [p for p in self._objective.parameters() if p.requires_grad]
         norm = self._engine.clip_grad_norm_(parameters, self._plan.clip_norm)
         if self._engine.scaler is None and not norm.isfinite():
@@ -207,8 +212,8 @@ class Trainer:
         self._step += 1
         self._offset += 1
 
-    def _backward(self, images: Pixels, labels: Indices, weight: float) -> None:
-        losses = self._forward(images, labels)
+    def _backward(self, images: Pixels, labels: Indices, shown: Pixels | None, weight: float) -> None:
+        losses = self._forward(images, labels, shown)
         self._last = _values(losses)
         (bad,) = parallel.any_rank(not math.isfinite(self._last["total"]))
         if bad:
@@ -218,13 +223,14 @@ class Trainer:
             self._sums[name] = self._sums.get(name, 0.0) + value * len(labels)
         self._sums["images"] = self._sums.get("images", 0.0) + len(labels)
 
-    def _forward(self, images: Pixels, labels: Indices) -> Losses:
-        batch = self._normalize(torch.from_numpy(images).to(self._device, non_blocking=True))
-        if self._plan.channels_last:
-            batch = batch.contiguous(memory_format=torch.channels_last)
+    def _forward(self, images: Pixels, labels: Indices, shown: Pixels | None) -> Losses:
         target = torch.from_numpy(labels).to(self._device, non_blocking=True)
-        losses: Losses = self._wrapped(batch, target)
+        losses: Losses = self._wrapped(self._input(images), target, None if shown is None else self._input(shown))
         return losses
+
+    def _input(self, images: Pixels) -> Tensor:
+        batch: Tensor = self._normalize(torch.from_numpy(images).to(self._device, non_blocking=True))
+        return batch.contiguous(memory_format=torch.channels_last) if self._plan.channels_last else batch
 
     def _rate(self) -> float:
         """Learning rate of the next step: linear warm-up, then half a cosine down to zero."""
@@ -280,9 +286,10 @@ class Trainer:
     def _diagnose(self) -> dict[str, float]:
         """The teacher's and the prompted teacher's accuracy and KL(z_T || z_T'), on validation images."""
         sums: Counter[str] = Counter()
-        for images, labels in eval_batches(self._data.validation.head(DIAGNOSED), self._plan.batch_size):
-            batch = self._normalize(torch.from_numpy(images).to(self._device))
-            sums.update(self._objective.diagnostics(batch, torch.from_numpy(labels).to(self._device)))
+        views = [eval_batches(one.validation.head(DIAGNOSED), self._plan.batch_size) for one in (self._data, self._shown) if one]
+        for (images, labels), *other in zip(*views, strict=True):
+            shown = [self._input(pixels) for pixels, _ in other]
+            sums.update(self._objective.diagnostics(self._input(images), torch.from_numpy(labels).to(self._device), *shown))
         if not sums:
             return {}
         names = {"teacher_correct": "teacher_top1", "prompted_correct": "prompted_top1", "drift_nats": "drift_nats"}

@@ -16,7 +16,6 @@ from torch.nn import functional
 from fofa_deploy.config import DistillPlan
 from fofa_deploy.distill.balance import GradientBalance
 from fofa_deploy.distill.fofa import FeatureBranch
-from fofa_deploy.distill.grids import resize
 from fofa_deploy.distill.lesson import Lesson, Term
 from fofa_deploy.distill.losses import divergence
 from fofa_deploy.distill.replay import Prefix
@@ -38,21 +37,14 @@ class Objective(nn.Module):
 
     Args:
         teacher: None for method ``none``.
-        teacher_size: height and width that the teacher sees, where they are not the student's.
 
     Raises:
         ModelError: teacher and student do not fit, or the method needs what a model does not give.
     """
 
-    def __init__(
-        self,
-        student: TappedModel,
-        teacher: TappedModel | None,
-        plan: DistillPlan,
-        teacher_size: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, student: TappedModel, teacher: TappedModel | None, plan: DistillPlan) -> None:
         super().__init__()
-        self.plan, self.teacher_size = plan, teacher_size
+        self.plan = plan
         self.student = student
         # In a tuple it is no submodule: not in state_dict, not in parameters, out of reach of train() and of DDP's buffers.
         self._frozen: tuple[TappedModel, ...] = () if teacher is None else (_freeze(teacher),)
@@ -71,20 +63,23 @@ class Objective(nn.Module):
         terms = (notice for term in self.terms.values() if isinstance(term, Term) for notice in term.notices)
         return (*self.student.notices, *(notice for teacher in self._frozen for notice in teacher.notices), *terms)
 
-    def forward(self, images: Tensor, labels: Tensor) -> Losses:
-        """Images (B, C, H, W), labels (B,) -> losses. One student pass, one plain teacher pass, at most one prompted pass."""
+    def forward(self, images: Tensor, labels: Tensor, shown: Tensor | None = None) -> Losses:
+        """Images (B, C, H, W), labels (B,) -> losses. One student pass, one plain teacher pass, at most one prompted pass.
+
+        Args:
+            shown: the same images as the teacher sees them, where its size is another.
+        """
         student = self.student(images)
         terms = {"ce": functional.cross_entropy(student.logits.float(), labels, label_smoothing=self.plan.label_smoothing)}
         if self.terms:
-            lesson = self._lesson(images, labels, student)
+            lesson = self._lesson(images if shown is None else shown, labels, student)
             for term in self.terms.values():
                 terms |= term(lesson)
         scales = self.balance(terms, self.student.parameters()) if self.balance is not None else {}
         weighted = [getattr(self.plan.weights, name) * scales.get(name, 1.0) * term for name, term in terms.items()]
         return Losses(torch.stack(weighted).sum(), {name: term.detach() for name, term in terms.items()}, student.logits.detach())
 
-    def _lesson(self, images: Tensor, labels: Tensor, student: Features) -> Lesson:
-        shown = images if self.teacher_size is None else resize(images, self.teacher_size)
+    def _lesson(self, shown: Tensor, labels: Tensor, student: Features) -> Lesson:
         with torch.no_grad(), self._recording(shown):
             plain = self._run_teacher(shown)
         return Lesson(shown, labels, student, plain, self._teach)
@@ -113,8 +108,8 @@ class Objective(nn.Module):
         return next((term for term in self.terms.values() if isinstance(term, FeatureBranch)), None)
 
     @torch.no_grad()
-    def diagnostics(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Sums over a batch of validation data (B, C, H, W), (B,): divide by ``samples`` after adding batches up.
+    def diagnostics(self, images: Tensor, labels: Tensor, shown: Tensor | None = None) -> dict[str, float]:
+        """Sums over a batch of validation data, as `forward` takes it: divide by ``samples`` after adding batches up.
 
         ``teacher_correct``, ``prompted_correct`` (of z_T and z_T') and ``drift_nats``, KL(z_T || z_T'). Empty without teacher.
         """
@@ -122,7 +117,7 @@ class Objective(nn.Module):
             return {}
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
-        lesson = self._lesson(images, labels, self.student(images))
+        lesson = self._lesson(images if shown is None else shown, labels, self.student(images))
         plain, prompted = lesson.teacher.logits, (self._branch.prompted(lesson) if self._branch else lesson.teacher).logits
         for module, mode in modes:
             module.training = mode

@@ -69,7 +69,7 @@ def _environment(finalize: object) -> Environment:
         keep_trailing_newline=True,
     )
     shown = (words.percent, words.points, words.milliseconds, words.percentile, words.size, words.factor)
-    more = (words.count, words.duration, words.tally, words.pairs, words.clipped, words.moment, quoted, html_value)
+    more = (words.count, words.duration, words.tally, words.pairs, words.clipped, words.moment, words.pixels, quoted, html_value)
     environment.filters.update({function.__name__: function for function in (*shown, *more)})
     return environment
 

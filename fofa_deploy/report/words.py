@@ -59,6 +59,11 @@ def size(value: int | None) -> str:
     return f"{amount:.0f} B" if unit == "B" else f"{amount:.3g} {unit}" if amount < 100 else f"{amount:.0f} {unit}"
 
 
+def pixels(size: tuple[int, int] | None) -> str:
+    """Height and width."""
+    return ABSENT if size is None else f"{size[0]} × {size[1]}"  # noqa: RUF001
+
+
 def factor(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.2f}×" if value < 10 else f"{value:.1f}×"  # noqa: RUF001
 

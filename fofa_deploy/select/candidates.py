@@ -13,7 +13,7 @@ from importlib import resources
 
 from pydantic import Field
 
-from fofa_deploy.config import CandidatePlan, ModelPlan, Side
+from fofa_deploy.config import CandidatePlan, ModelPlan, Size, size_name
 from fofa_deploy.errors import PlanError
 from fofa_deploy.select.variants import named_grid
 from fofa_deploy.types import Frozen, HardwareProfile
@@ -27,7 +27,7 @@ class Candidate(Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="unique; also the name of its folder")
     student: ModelPlan
-    image_size: tuple[Side, Side] = Field(description="height, width")
+    image_size: Size = Field(description="height, width")
 
 
 def listed_for(profile: HardwareProfile) -> tuple[CandidatePlan, ...]:
@@ -43,15 +43,26 @@ def device_kind(profile: HardwareProfile) -> str:
     return "board" if profile.device.architecture in ("arm64", "aarch64") else "cpu"
 
 
-def expand(listed: Sequence[CandidatePlan], image_sizes: Sequence[tuple[int, int]]) -> tuple[Candidate, ...]:
-    """Every candidate of a list in each of its widths and depths, at every size.
+def expand(
+    listed: Sequence[CandidatePlan], usual: tuple[int, int], image_sizes: Sequence[tuple[int, int]] = ()
+) -> tuple[Candidate, ...]:
+    """Every candidate of a list in each of its widths and depths, at every size that its line, the list or the data set names.
+
+    Args:
+        usual: height and width of the data set's images: of a student that says no other.
+        image_sizes: in place of it, for those that name no size of their own.
 
     Raises:
         PlanError: a pattern that matches nothing, or two candidates of one name.
         ModelError: a model that cannot be scaled so; says why.
     """
     models = [named for plan in listed for name in _models(plan.model) for named in _variants(plan, name)]
-    found = tuple(_candidate(name, student, size) for name, student in models for size in image_sizes)
+    sizes = image_sizes or (usual,)
+    found = tuple(
+        _candidate(name, student, size, usual)
+        for name, student in models
+        for size in ((student.image_size,) if student.image_size else sizes)
+    )
     names = [candidate.name for candidate in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         action = "remove the copy, or give each a name of its own in select.candidates"
@@ -68,9 +79,9 @@ def _variants(plan: CandidatePlan, model: str) -> list[tuple[str, ModelPlan]]:
     return [(f"{name}{added}", one) for added, one in named_grid(student, plan.widths or (1.0,), plan.depths or (1.0,))]
 
 
-def _candidate(name: str, student: ModelPlan, size: tuple[int, int]) -> Candidate:
-    side = str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
-    return Candidate(name=f"{name}-{side}", student=student, image_size=size)
+def _candidate(name: str, student: ModelPlan, size: tuple[int, int], usual: tuple[int, int]) -> Candidate:
+    own = student.model_copy(update={"image_size": None if size == usual else size})
+    return Candidate(name=f"{name}-{size_name(size)}", student=own, image_size=size)
 
 
 def _models(model: str) -> Iterable[str]:

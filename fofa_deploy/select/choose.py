@@ -94,7 +94,7 @@ def fitting(speeds: Sequence[Speed], budgets: Sequence[Budget]) -> tuple[tuple[S
     kept = tuple(speed for speed in speeds if not found[speed.name])
     if not kept:
         nearest = min(found.values(), key=lambda missed: max(miss.factor for miss in missed))
-        action = "raise the budget, list smaller candidates in select.candidates, or plan for smaller images: data.image_size"
+        action = "raise the budget, list smaller candidates in select.candidates, or smaller images in select.image_sizes"
         raise NobodyFitsError(f"no candidate fits; the nearest is {'; '.join(map(str, nearest))}", action)
     return kept, tuple(miss for missed in found.values() for miss in missed)
 

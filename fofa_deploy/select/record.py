@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt
 
-from fofa_deploy.config import ModelPlan
+from fofa_deploy.config import ModelPlan, Size, size_name
 from fofa_deploy.results import CandidateRow, StudentChoice
 from fofa_deploy.select.choose import Speed
 from fofa_deploy.select.forecast import Forecast, Point
@@ -31,7 +31,9 @@ class Judged(Frozen):
 
     name: str
     student: ModelPlan
+    image_size: Size | None = Field(default=None, description="height, width; records from before it was a choice lack it")
     params: PositiveInt | None
+    fault: str = Field(default="", description="why it could not be captured")
     targets: tuple[OnTarget, ...]
     rungs: tuple[Point, ...]
     foretold: Forecast | None = None
@@ -51,7 +53,7 @@ class Judged(Frozen):
             return f"**chosen**{' for ' if self.chosen_for else ''}{', '.join(self.chosen_for)}"
         missed = [f"{row.target}: {problem.removeprefix(f'{self.name}: ')}" for row in self.targets for problem in row.missed]
         if self.params is None:
-            return "not captured"
+            return f"not captured: {self.fault}" if self.fault else "not captured"
         if missed:
             return "; ".join(missed)
         return f"dropped after {len(self.rungs)} of the rungs"
@@ -113,9 +115,9 @@ class Selection(Choice):
         return "\n".join(lines) + "\n"
 
     def _table(self, target: str) -> list[str]:
-        head = "| candidate | parameters | recipe | p50 ms | p90 ms | KiB | rungs, validation | affinity | foretold | |"
+        head = "| candidate | input | parameters | recipe | p50 ms | p90 ms | KiB | rungs, validation | affinity | foretold | |"
         told = f"Latencies on {target}, with random weights, {self.made_at}: an aid; the chosen one is measured anew."
-        return [told, "", head, "|---" * 10 + "|", *(_row(one, target) for one in self._best_first())]
+        return [told, "", head, "|---" * 11 + "|", *(_row(one, target) for one in self._best_first())]
 
     def draw(self, path: Path) -> None:
         """Foretold accuracy over measured p50 latency, as SVG, the front as a line; a panel per choice."""
@@ -144,7 +146,12 @@ def _row(one: Judged, target: str) -> str:
     rungs = " ".join(f"{point.top1:.1%}" for point in one.rungs)
     foretold = f"{one.foretold.top1:.1%}" if one.foretold else ""
     alike = "" if one.affinity is None else f"{one.affinity:.2f}"
-    told = (one.name, f"{one.params:,}" if one.params else "", row.recipe if row else "", *times, rungs, alike, foretold, one.fate)
+    known = (
+        size_name(one.image_size) if one.image_size else "",
+        f"{one.params:,}" if one.params else "",
+        row.recipe if row else "",
+    )
+    told = (one.name, *known, *times, rungs, alike, foretold, one.fate)
     return f"| {' | '.join(told)} |"
 
 
@@ -154,6 +161,7 @@ def _told(one: Judged, target: str, front: tuple[str, ...]) -> CandidateRow:
     figures = {name: getattr(speed, name, None) for name in ("p50_ms", "p90_ms", "size_bytes")}
     return CandidateRow(
         name=one.name,
+        image_size=one.image_size,
         params=one.params,
         recipe=row.recipe if row else "",
         rungs=tuple(point.top1 for point in one.rungs),

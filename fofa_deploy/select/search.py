@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from fofa_deploy.capture import capture
-from fofa_deploy.config import AUTO, MeasurePlan, ModelPlan, RunPlan
-from fofa_deploy.data import preprocessing
+from fofa_deploy.config import AUTO, MeasurePlan, ModelPlan, RunPlan, size_name
+from fofa_deploy.data import preprocessing, write_split
 from fofa_deploy.distill.job import Taught, Workshop
 from fofa_deploy.errors import PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.models import parameter_count
@@ -33,14 +33,12 @@ def select_student(
     profiles: Sequence[HardwareProfile],
     store: Store,
     workshop: Workshop,
-    calibration: Path,
     taught_by: Taught | None,
     decisive: Mapping[str, object],
 ) -> Selection:
     """Choose the student of a plan that leaves it open; its trainings are stages of ``store``.
 
     Args:
-        calibration: folder with ``images.npy``.
         decisive: inputs that all trainings share, by name.
 
     Raises:
@@ -48,23 +46,22 @@ def select_student(
     """
     assert plan.distill, "the plan has been checked"
     halving = Halving(plan.select, plan.distill, workshop, taught_by, partial(store.run, resumable=True), decisive)
-    return Selector(plan, profiles, store.root, calibration, halving, LatencyTable()).select()
+    return Selector(plan, profiles, store, halving, LatencyTable()).select()
 
 
 @dataclass(frozen=True)
 class Selector:
-    """What `select_student` needs; ``root`` is the run directory, where each candidate's artifacts have a store of their own."""
+    """What `select_student` needs; ``store`` is the run's. Each candidate's artifacts have one of their own."""
 
     plan: RunPlan
     profiles: Sequence[HardwareProfile]
-    root: Path
-    calibration: Path
+    store: Store
     halving: Halving
     table: LatencyTable
 
     def select(self) -> Selection:
         candidates = self.candidates()
-        measured, notices, parameters = self._measured(candidates)
+        measured, notices, parameters, faults = self._measured(candidates)
         fits = self._fitting(measured)
         climbs = {target: self.halving.climb([one for one in candidates if one.name in names]) for target, names in fits.items()}
         curves = _longest(climbs.values())
@@ -72,13 +69,13 @@ class Selector:
         foretold = {name: forecast(curve, seen) for name, curve in curves.items()}
         students = {one.name: one.student for one in candidates}
         first, *others = [self._choice(target, measured, climbs[target], foretold, students) for target in fits]
-        judged = [self._judged(candidate, measured, curves, parameters, foretold) for candidate in candidates]
+        judged = [self._judged(candidate, measured, curves, parameters, faults, foretold) for candidate in candidates]
         return Selection(
             **dict(first),
             others=tuple(others),
             candidates=tuple(_crowned(one, [first, *others]) for one in judged),
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            notices=tuple(notices),
+            notices=(*(f"{name} cannot be captured: {fault}" for name, fault in faults.items()), *notices),
         )
 
     def _choice(
@@ -99,23 +96,25 @@ class Selector:
 
     def candidates(self) -> tuple[Candidate, ...]:
         listed = self.plan.select.candidates or listed_for(self.profiles[0])
-        return expand(listed, [self.plan.data.image_size])
+        return expand(listed, self.plan.data.image_size, self.plan.select.image_sizes)
 
     # --- measuring ------------------------------------------------------------------------------------------------
 
-    def _measured(self, candidates: Sequence[Candidate]) -> tuple[dict[str, Speeds], list[str], dict[str, int]]:
-        """By target, those this machine or their device can run; what could not be measured; and everybody's parameters."""
+    def _measured(self, candidates: Sequence[Candidate]) -> tuple[dict[str, Speeds], list[str], dict[str, int], dict[str, str]]:
+        """By target, those this machine or their device can run; which targets cannot; and everybody's parameters or fault."""
         notices: list[str] = []
         found: dict[str, Speeds] = {}
         parameters: dict[str, int] = {}
+        faults: dict[str, str] = {}
+        calibrations = {size: self._calibration(one) for size, one in {one.image_size: one for one in candidates}.items()}
         with ExitStack() as stack:
             benches: dict[str, Workbench] = {}
-            for candidate in candidates:
+            for one in candidates:
                 try:
-                    store = stack.enter_context(Store(self.root / "candidates" / candidate.name / "speed"))
-                    benches[candidate.name], parameters[candidate.name] = self._bench(candidate, store)
+                    store = stack.enter_context(Store(self.store.root / "candidates" / one.name / "speed"))
+                    benches[one.name], parameters[one.name] = self._bench(one, store, calibrations[one.image_size])
                 except (StageError, UserError, UnavailableError) as error:
-                    notices.append(f"{candidate.name} cannot be captured: {error.message}")
+                    faults[one.name] = error.message
             for profile in self.profiles:
                 try:
                     stopwatch = Stopwatch(benches, profile, self.table)
@@ -126,22 +125,32 @@ class Selector:
         if not found:
             action = "add a target that this machine or a device can run, or name the student"
             raise PlanError(f"student.model = {AUTO!r}, and no target can be measured: {'; '.join(notices)}", action)
-        return found, notices, parameters
+        return found, notices, parameters, faults
 
-    def _bench(self, candidate: Candidate, store: Store) -> tuple[Workbench, int]:
+    def _calibration(self, candidate: Candidate) -> Path:
+        """The folder with ``images.npy``, for all candidates of one size."""
+        workshop, count = self.halving.workshop, self.plan.verify.calibration
+        stage = f"calibration/{size_name(candidate.image_size)}"
+
+        def work(out: Path) -> None:
+            write_split(workshop.seen_by(candidate.student).train.head(count), out / "images", workshop.progress, "calibration")
+
+        return self.store.run(stage, {"data": workshop.data.digest, "count": count}, work) / "images"
+
+    def _bench(self, candidate: Candidate, store: Store, calibration: Path) -> tuple[Workbench, int]:
         workshop, plan = self.halving.workshop, self.plan
         workshop.progress.say(f"capture {candidate.name}")
         model = workshop.new(candidate.student)
 
         def work(out: Path) -> None:
-            names = workshop.data.class_names
-            capture(model, candidate.student.model, preprocessing(plan.data), names, workshop.data.validation, out)
+            data = workshop.seen_by(candidate.student)
+            capture(model, candidate.student.model, preprocessing(data.plan), data.class_names, data.validation, out)
 
         folder = store.run("graph", {"student": candidate.student, "seed": plan.seed, "data": workshop.data.digest}, work)
         measure = MeasurePlan(seconds=plan.select.seconds, max_seconds=4 * plan.select.seconds)
         settings = Settings(plan.accuracy, measure, plan.limits, plan.budget, plan.seed)
         evidence = Evidence(folder / "golden.npz")
-        bench = Workbench(store, folder, evidence, self.calibration, settings, workshop.progress, Graph.load(folder))
+        bench = Workbench(store, folder, evidence, calibration, settings, workshop.progress, Graph.load(folder))
         return bench, parameter_count(model)
 
     # --- choosing -------------------------------------------------------------------------------------------------
@@ -177,6 +186,7 @@ class Selector:
         measured: dict[str, Speeds],
         curves: dict[str, Curve],
         parameters: dict[str, int],
+        faults: dict[str, str],
         foretold: dict[str, Forecast],
     ) -> Judged:
         rows = tuple(self._on_target(candidate.name, target, speeds) for target, speeds in measured.items())
@@ -184,7 +194,9 @@ class Selector:
         return Judged(
             name=candidate.name,
             student=candidate.student,
+            image_size=candidate.image_size,
             params=parameters.get(candidate.name),
+            fault=_first_line(faults.get(candidate.name, "")),
             targets=rows,
             rungs=curve.points if curve else (),
             foretold=foretold.get(candidate.name),

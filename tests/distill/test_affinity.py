@@ -8,6 +8,7 @@ from fofa_deploy.config import ModelPlan, load_plan
 from fofa_deploy.data import load_data, preprocessing
 from fofa_deploy.distill.affinity import affinity, linear_cka
 from fofa_deploy.distill.taps import tap
+from fofa_deploy.inference import Normalize
 from fofa_deploy.models import build_model
 
 
@@ -51,7 +52,7 @@ def tapped(model: str, seed: int, **arguments):
 def test_a_network_is_like_itself_and_less_like_one_of_another_family():
     plan = load_plan("demo", ["data.image_size=16", "data.limit=64"])
     data = load_data(plan.data, 0)
-    told = data.validation, preprocessing(plan.data), 16
+    told = data.validation, data.validation, Normalize(preprocessing(plan.data)), 16
     vit = tapped("timm:vit_tiny_patch16_224", 0, patch_size=4, embed_dim=32, depth=2, num_heads=2)
     cnn = tapped("timm:resnet10t", 1, channels=[8, 16, 16, 32], stem_width=8)
     assert affinity(vit, vit, *told) == pytest.approx(1)

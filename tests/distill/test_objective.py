@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fofa_deploy.config import DistillPlan
+from fofa_deploy.distill.grids import resize
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.errors import ModelError
@@ -156,9 +157,13 @@ def test_non_square_inputs():
 
 def test_teacher_and_student_may_see_other_sizes(tapped, batch):
     plan = DistillPlan(method="fofa", fofa={"width": 8, "heads": 2, "regions": 4, "prompted_stages": (2,)})
-    made = Objective(tapped("vit"), tapped("mobilevit"), plan, teacher_size=(64, 64)).train()
-    assert step(made, batch("vit")).total.isfinite()
-    assert made.diagnostics(*batch("vit"))["samples"] == 4
+    made = Objective(tapped("vit"), tapped("mobilevit"), plan).train()
+    images, labels = batch("vit")
+    seen = []
+    made.teacher.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[2:]))
+    assert step(made, (images, labels, resize(images, (64, 64)))).total.isfinite()
+    assert made.diagnostics(images, labels, resize(images, (64, 64)))["samples"] == 4
+    assert set(seen) == {(64, 64)} != {tuple(images.shape[2:])}
 
 
 def test_state_holds_everything_but_the_teacher(objective, batch):

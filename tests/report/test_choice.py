@@ -12,7 +12,7 @@ def candidate(
     name: str, p50: float | None, foretold: float | None, fate: str = "dropped after 1 of the rungs", **more
 ) -> CandidateRow:
     rungs = (0.5,) if foretold else ()
-    figures = {"params": 1000, "recipe": "fp32", "p50_ms": p50, "p90_ms": p50, "size_bytes": 4000}
+    figures = {"image_size": (28, 20), "params": 1000, "recipe": "fp32", "p50_ms": p50, "p90_ms": p50, "size_bytes": 4000}
     return CandidateRow(
         name=name, rungs=rungs, foretold=foretold, fate=fate, **{"chosen": False, "front": False, **figures, **more}
     )
@@ -40,7 +40,7 @@ def test_everybody_has_a_row_and_those_that_were_trained_a_place():
     assert ">large<" not in picture
     assert "median latency on pi" in picture
     text = render.markdown(chosen())
-    assert "| good | 1,000 | fp32 | 2.00 | 2.00 |" in text
+    assert "| good | 28 × 20 | 1,000 | fp32 | 2.00 | 2.00 |" in text  # noqa: RUF001
     assert text.index("| good") < text.index("| quick") < text.index("| large")
 
 
