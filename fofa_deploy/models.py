@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fofa_deploy.config import ModelPlan
 from fofa_deploy.errors import ModelError
-from fofa_deploy.prune import prune
+from fofa_deploy.prune import FAULTS, evaluating, prune
 from fofa_deploy.timm_entry import create
 
 MOST_TENSORS = 20_000
@@ -27,7 +27,7 @@ def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[
     It is pruned last, by the weights that it came with.
 
     Raises:
-        ModelError: no such model, arguments it does not take, weights that do not fit, or it cannot be pruned.
+        ModelError: no such model, arguments or images it does not take, weights that do not fit, or it cannot be pruned.
     """
     kind, _, name = plan.model.partition(":")
     try:
@@ -35,13 +35,26 @@ def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[
             model = _timm_model(name, plan, classes, channels, image_size)
         else:
             model = _resolve(plan.model)(num_classes=classes, in_chans=channels, **plan.arguments)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise ModelError(f"{plan.model} cannot be made: {error}", "check the model's arguments and data.image_size") from error
+    except FAULTS as error:
+        action = "check the model's arguments and image_size"
+        raise ModelError(f"{plan.model} cannot be made for images of {image_size[0]} x {image_size[1]}: {error}", action) from error
+    _try_out(model, plan.model, torch.zeros(2, channels, *image_size))
     if plan.checkpoint:
         load_weights(model, plan.checkpoint)
     if plan.prune:
         prune(model, plan.prune, (channels, *image_size), plan.model)
     return model
+
+
+def _try_out(model: nn.Module, name: str, images: Tensor) -> None:
+    """Some networks take images of a few sizes alone, and do not say so before they see one."""
+    try:
+        with evaluating(model), torch.no_grad():
+            model(images)
+    except FAULTS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        height, width = images.shape[2:]
+        raise ModelError(f"{name} does not take images of {height} x {width}: {reason}", "give it another image_size") from error
 
 
 def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
@@ -154,7 +167,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
             if n
         ]
         raise ModelError(
-            f"checkpoint {path} does not fit the model: tensors {', '.join(problems)}", "check model, arguments and classes"
+            f"checkpoint {path} does not fit the model: tensors {', '.join(problems)}",
+            "check model, arguments, classes and image_size",
         )
     if broken := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ModelError(f"checkpoint {path} has NaN or infinity in {broken[0]}", "use an earlier checkpoint")

@@ -21,7 +21,7 @@ MULTIPLE = 8
 """Channels are rounded down to multiples of this: what vector units and int8 kernels work in. Fewer than twice as many stay."""
 
 FAULTS = (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError)
-"""What tracing a network raises that cannot be traced, and what one raises that has lost the wrong channels."""
+"""What a network raises that does not take its images, cannot be traced, or has lost the wrong channels."""
 
 ACTION = "choose another network, scale its width (docs/compression.md), or set prune = 0"
 
@@ -70,7 +70,7 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         logits = model(images)
     if not isinstance(logits, Tensor):
         raise TypeError(f"it passes a {type(logits).__name__}, not logits")
@@ -78,7 +78,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; every module's own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     try:
@@ -94,7 +94,7 @@ def _cut(model: nn.Module, share: float, images: Tensor) -> None:
 
     attentions = [module for module in model.modules() if isinstance(getattr(module, "qkv", None), nn.Linear)]
     heads = {module.qkv: module.num_heads for module in attentions}
-    with _evaluating(model), torch.enable_grad(), warnings.catch_warnings():
+    with evaluating(model), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it tells of every parameter that is not inside a layer, and handles it
         pruner = tp.pruner.BasePruner(
             model,

@@ -91,7 +91,7 @@ def load_data(plan: DataPlan, seed: int) -> Data:
 
 
 def write_splits(data: Data, sizes: VerifyPlan, folder: Path, progress: Progress, scanned: bool = False) -> None:
-    """``validation/``, ``test/`` and ``calibration/``, as `write_split` writes them; every image is read first, unless ``scanned``."""
+    """``validation/``, ``test/`` and ``calibration/``, by `write_split`. Every image is read first, unless ``scanned``."""
     for name, split in (("training", data.train), ("validation", data.validation), ("test", data.test)):
         if not scanned:
             scan(split, progress, name)
