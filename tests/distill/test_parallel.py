@@ -146,6 +146,16 @@ def test_passes_that_share_a_batch_learn_what_one_pass_learns(tmp_path, teacher,
     curves_agree(by_one, tmp_path / "student")
 
 
+def test_a_teacher_of_another_size_is_shown_each_processs_and_each_passs_own_images(tmp_path, teacher, ranks):  # noqa: F811
+    plan = (*EXACT, "teacher.image_size=32")
+    large = small_plan(*plan).teacher, teacher[1]
+    distilled(small_plan(*plan), tmp_path / "one", large)
+    distilled(small_plan(*plan, "distill.accumulate=3"), tmp_path / "parts", large)
+    ranks(rank_targets.train, tmp_path / "two", teacher[1], plan)
+    for other in ("parts", "two"):
+        curves_agree(tmp_path / "one", tmp_path / other)
+
+
 def test_two_processes_train_for_int8_as_one_does(tmp_path, teacher, by_one, ranks):  # noqa: F811
     # Rounding makes integers of small differences: the weights hardly move here.
     plan = (*EXACT, "qat.epochs=1", "qat.lr=1e-6")

@@ -46,7 +46,7 @@ model = "auto"
 [select]
 candidates = [
     {{ model = "timm:resnet10t", name = "cnn", arguments = {{ channels = [64, 64, 64, 128], stem_width = 32 }} }},
-    {{ model = "timm:xcit_nano_12_p16_224", name = "odd", arguments = {{ embed_dim = 32, depth = 1, num_heads = 2 }}, image_size = 24 }},
+    {{ model = "timm:xcit_nano_12_p16_224", name = "odd", image_size = 24 }},
 ]
 image_sizes = [16, 32]
 rungs = 1
@@ -107,7 +107,10 @@ def test_every_candidate_is_captured_and_timed_at_every_size(free):
     graphs = [out / "candidates" / name / "speed" / "graph" for name in ("cnn-16", "cnn-32")]
     assert [Graph.load(folder).sidecar.preprocessing.image_size for folder in graphs] == [(16, 16), (32, 32)]
     assert len({digest_file(folder / "model.onnx") for folder in graphs}) == 2, "the aid knows a graph by its digest"
-    assert [np.load(out / "calibration" / side / "images" / "images.npy").shape[2:] for side in ("16", "32")] == [(16, 16), (32, 32)]
+    assert [np.load(out / "calibration" / side / "images" / "images.npy").shape[2:] for side in ("16", "32")] == [
+        (16, 16),
+        (32, 32),
+    ]
     page = (out / "selection" / "selection.md").read_text()
     assert "| cnn-16 | 16 |" in page
     assert "| cnn-32 | 32 |" in page
