@@ -94,8 +94,9 @@ class Run:
         own = data.at(size) is not data
 
         def work(out: Path) -> None:
-            known = own and self._splits()
-            write_splits(self.data.at(size), self.plan.verify, out, self.progress, scanned=bool(known))
+            if own:
+                self._splits()
+            write_splits(self.data.at(size), self.plan.verify, out, self.progress, scanned=own)
 
         stage = f"data-{size_name(size)}" if size and own else "data"
         return self._stage(stage, lambda: {"data": self.data.digest, "sizes": self.plan.verify}, work)
