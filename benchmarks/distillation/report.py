@@ -36,7 +36,8 @@ def write(lines: Sequence[dict]) -> None:
 
 
 def _teachers(lines: Iterable[dict]) -> list[str]:
-    rows = [f"| {x['teacher']} | {x['test']:.2%} | {x['validation']:.2%} |" for x in lines if x["phase"] == "teacher"]
+    latest = {line["teacher"]: line for line in lines if line["phase"] == "teacher"}
+    rows = [f"| {kind} | {line['test']:.2%} | {line['validation']:.2%} |" for kind, line in latest.items()]
     return ["## Teachers", "", "| family | test | validation |", "|---|---|---|", *rows, ""] if rows else []
 
 
