@@ -43,12 +43,13 @@ def _teachers(lines: Iterable[dict]) -> list[str]:
 
 def _settings(lines: Sequence[dict], regime: str) -> list[str]:
     """What was tried on validation images before anything was compared."""
+    chosen = {method.name: {name for choice in method.choices for name in choice} for method in study.METHODS}
     tried: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for line in lines:
         if line["phase"] == "rate":
             tried["rate", f"{line['pair'].split()[-1]} alone", f"learning rate {line['plan']['lr']:g}"].append(line["validation"])
         elif line["phase"] == "tune":
-            own = {name: value for name, value in line["plan"].items() if name in study.TUNED}
+            own = {name: value for name, value in line["plan"].items() if name in chosen[line["method"]]}
             tried["tune", line["method"], json.dumps(own)].append(line["validation"])
     if not tried:
         return []
