@@ -284,7 +284,8 @@ def open_session(model: Path | bytes, options: Any, provider: str, device: str =
         raise BackendError(f"{provider} does not start: {_words(str(error))}", "check `nvidia-smi`") from error
     if session.get_providers()[0] != provider:
         raise BackendError(
-            f"onnxruntime bound {session.get_providers()[0]} and not {provider}", missing or "check the device's driver"
+            f"onnxruntime bound {session.get_providers()[0]} and not {provider}",
+            missing or "check the device's driver and libraries",
         )
     return session
 
@@ -328,6 +329,8 @@ def _absence(profile: HardwareProfile) -> str:
         open_session(_nothing(), ort.SessionOptions(), provider, profile.device.name)
     except BackendError as error:
         return f"{error.message}: {error.action}"
+    except REFUSALS as error:
+        return f"{provider} does not start: {_words(str(error))}"
     return ""
 
 
