@@ -26,6 +26,7 @@ _SPELLED = {
     "float": Precision.FP32, "float32": Precision.FP32, "float16": Precision.FP16, "bfloat16": Precision.BF16,
     "int8": Precision.INT8, "uint8": Precision.INT8,
 }  # fmt: skip
+_FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
 _SUFFIX = "_kernel_time"
 
 Event = Mapping[str, Any]
@@ -37,16 +38,14 @@ def events(profile: Path) -> list[Event]:
 
 
 def blank(model: onnx.ModelProto) -> Feeds | None:
-    """Zeros for one run, of batch 1; nothing where a file that others built leaves more than its batch open."""
+    """Zeros for one run, of batch 1; nothing where a file of others leaves more than its batch open, or takes more than images."""
     weights, feeds = {tensor.name for tensor in model.graph.initializer}, {}
-    for value in model.graph.input:
+    for value in (value for value in model.graph.input if value.name not in weights):
         kind = value.type.tensor_type
-        first, *rest = [side.dim_value for side in kind.shape.dim] or [1]
-        if value.name in weights:
-            continue
-        if not all(side > 0 for side in rest):
+        sides = [side.dim_value for side in kind.shape.dim]
+        if kind.elem_type not in _FLOATS or not all(side > 0 for side in sides[1:]):
             return None
-        shape = (first or 1, *rest) if kind.shape.dim else ()
+        shape = [*(max(side, 1) for side in sides[:1]), *sides[1:]]
         feeds[value.name] = np.zeros(shape, helper.tensor_dtype_to_np_dtype(kind.elem_type))
     return feeds
 

@@ -302,7 +302,7 @@ def _preload() -> str:
 def _words(error: str) -> str:
     """CUDA's own words of an error that is wrapped in places in the source."""
     found = re.search(r"(?:CUDA|CUDNN|CUBLAS) failure \d+: [^;]+", error)
-    return found.group().strip() if found else error.splitlines()[0]
+    return found.group().strip() if found else error.partition("\n")[0]
 
 
 def _remedy(provider: str) -> str:

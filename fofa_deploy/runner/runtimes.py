@@ -40,7 +40,7 @@ def onnxruntime_session(job: dict[str, Any], path: Path, threads: int, trace: st
     if job["device_kind"] == "gpu":
         own = {"device_id": str(ordinal(job["device_name"])), "use_tf32": "0"}
         with contextlib.redirect_stdout(sys.stderr):
-            ort.preload_dlls()  # CUDA and cuDNN, from where pip puts them
+            getattr(ort, "preload_dlls", bool)()  # CUDA and cuDNN, from where pip puts them; a Jetson's onnxruntime may be older
     try:  # without its own fallback, which would go on with the CPU when a kernel fails while running
         session = ort.InferenceSession(str(path), options, providers=[wanted], provider_options=[own], enable_fallback=0)
     except RuntimeError as error:

@@ -131,10 +131,21 @@ def test_the_cpus_own_profile_proves_nothing_about_cuda(captured: dict[str, Capt
         _kernels.layers(model, events, "CUDAExecutionProvider")
 
 
-def test_a_file_with_open_sizes_is_not_run_to_find_out():
-    ends = [onnx.helper.make_tensor_value_info(name, 1, ["batch", "width"]) for name in ("images", "logits")]
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["images"], ["logits"])], "open", ends[:1], ends[1:])
-    assert _kernels.blank(onnx.helper.make_model(graph)) is None
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        (onnx.TensorProto.FLOAT, ["batch", 3], (1, 3)),
+        (onnx.TensorProto.FLOAT16, [4, 3], (4, 3)),
+        (onnx.TensorProto.FLOAT, [], ()),
+        (onnx.TensorProto.FLOAT, ["batch", "width"], None),
+        (onnx.TensorProto.INT64, ["batch", 3], None),
+    ],
+)
+def test_only_what_takes_images_of_known_sizes_is_run_to_find_out(kind: int, shape: list, expected: tuple | None):
+    ends = [onnx.helper.make_tensor_value_info(name, kind, shape) for name in ("images", "logits")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["images"], ["logits"])], "file", ends[:1], ends[1:])
+    feeds = _kernels.blank(onnx.helper.make_model(graph))
+    assert (feeds and feeds["images"].shape) == expected
 
 
 def test_without_cuda_the_probe_says_how_to_get_it():
