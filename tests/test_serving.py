@@ -116,6 +116,17 @@ def test_an_artifact_with_exact_kernels_is_served_with_them(tmp_path):
     assert serve(artifact.folder, photograph(tmp_path)).returncode == 0
 
 
+def test_an_example_for_cuda_does_not_go_on_with_the_cpu(tmp_path):
+    if get_backend("onnxruntime").probe(find_profile("cuda-onnxruntime")).can_run:
+        pytest.skip("there is a CUDA device")
+    artifact = with_example("cpu-onnxruntime", tmp_path)
+    recipe = artifact.recipe.model_copy(update={"options": {**artifact.recipe.options, "provider": "CUDAExecutionProvider"}})
+    write_example(artifact.model_copy(update={"recipe": recipe}))
+    shown = serve(artifact.folder, photograph(tmp_path))
+    assert (shown.stdout, shown.returncode) == ("", 1)
+    assert "CUDA does not start" in shown.stderr
+
+
 def test_a_device_that_builds_its_engine_gets_its_example_too(tmp_path):
     """JetPack's own package, and an engine that is not there yet."""
     artifact = with_example("cpu-onnxruntime", tmp_path)

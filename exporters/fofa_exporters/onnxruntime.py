@@ -60,7 +60,10 @@ _NO_BF16: _typed.Places = {
     "BatchNormalization": (0, 1, 2, 3, 4),
 }
 """Of ONNX Runtime 1.31's CUDA provider, as its own kernels tell; what it lacks beyond these it refuses by name."""
-BUILD_FAULTS: tuple[type[Exception], ...] = (ValueError, RuntimeError, *REFUSALS)  # the quantizer raises plain ones
+BUILD_FAULTS: tuple[type[Exception], ...] = (
+    *(ValueError, RuntimeError, onnx.version_converter.ConvertError),  # the quantizer raises plain ones
+    *REFUSALS,
+)
 
 
 class OnnxRuntimeSession:
@@ -236,9 +239,10 @@ def _write_dynamic(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibra
 def _write_typed(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None, main: Path) -> None:
     if recipe.precision is Precision.FP16:
         onnx.save(_typed.typed(model, recipe.precision), main)
-    else:
-        newer = onnx.version_converter.convert_version(model, _BF16_OPSET)
-        onnx.save(_typed.typed(newer, recipe.precision, _NO_BF16), main)
+        return
+    old = any(opset.domain in _onnx.DOMAINS and opset.version < _BF16_OPSET for opset in model.opset_import)
+    newer = onnx.version_converter.convert_version(model, _BF16_OPSET) if old else model
+    onnx.save(_typed.typed(newer, recipe.precision, _NO_BF16), main)
 
 
 Writer = Callable[[Graph, onnx.ModelProto, Recipe, Calibration | None, Path], None]
