@@ -12,7 +12,10 @@ from fofa_deploy.runner.machine import package_versions
 from fofa_deploy.store import digest
 from fofa_deploy.types import HardwareProfile
 
-PACKAGES = ("fofa-deploy", "torch", "timm", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt", "tensorrt-rtx", "numpy")
+PACKAGES = (
+    *("fofa-deploy", "torch", "timm", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf"),
+    *("tensorrt", "tensorrt-rtx", "numpy"),
+)
 KERNEL_FLAGS = (
     *("avx", "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "amx_tile"),
     *("asimd", "asimddp", "asimdhp", "fphp", "i8mm", "bf16", "sve"),

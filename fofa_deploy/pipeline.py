@@ -209,7 +209,7 @@ class Run:
 
     def _capture(self, stage: str, plan: ModelPlan, folder: Path) -> Path:
         def inputs() -> dict[str, object]:
-            versions = environment.package_versions(("torch", "onnx", "onnxscript", "onnxruntime"))
+            versions = environment.package_versions(("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"))
             return {**self._model_inputs(plan, folder), "data": self.data.digest, "versions": versions}
 
         def work(out: Path) -> None:

@@ -49,6 +49,7 @@ RUNTIMES = {
     "onnxruntime": {"onnx", "onnxruntime"},
     "openvino": {"onnx", "openvino", "nncf"},
     "_typed": {"onnx"},
+    "_kernels": {"onnx"},
     **{f"_quantization.{part}": {"onnx", "onnxruntime"} for part in PARTS.split()},
     "reference": {"onnx"},
     "tensorrt": {"onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},

@@ -91,10 +91,10 @@ def test_the_metadata_says_what_a_registry_needs(wheel):
     metadata = BytesParser().parsebytes(read(wheel, "fofa_deploy-0.1.0.dist-info/METADATA"))
     assert (metadata["Name"], metadata["Version"], metadata["Requires-Python"]) == ("fofa-deploy", "0.1.0", ">=3.11")
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"tensorrt", "tensorrt-rtx", "test", "bench", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "test", "bench", "dev"}
     required = {line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
     assert {"torch>=2.10", "onnxruntime>=1.23", "openvino>=2025.3", "timm>=1.0.20"} <= required
-    assert not any("tensorrt" in line for line in required)
+    assert not any("tensorrt" in line or "onnxruntime-gpu" in line for line in required)
     assert "Tag: py3-none-any" in read(wheel, "fofa_deploy-0.1.0.dist-info/WHEEL").decode()
     assert "fofa_deploy-0.1.0.dist-info/licenses/LICENSE" in names(wheel)
 

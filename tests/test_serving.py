@@ -34,10 +34,10 @@ def expected_pixels(photo: Path, known: Preprocessing) -> np.ndarray:
     return known.apply(to_pixels(Image.open(photo), DataPlan(name="images", classes=3, **known.model_dump()))[None])
 
 
-def serve(folder: Path, *photos: object) -> subprocess.CompletedProcess[str]:
+def serve(folder: Path, *photos: object, warnings: str = "error") -> subprocess.CompletedProcess[str]:
     """In a Python that does not see this package."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-W", "error", NAME, *map(str, photos)]
+    command = [sys.executable, "-W", warnings, NAME, *map(str, photos)]
     return subprocess.run(command, cwd=folder, env=clean, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -114,6 +114,17 @@ def test_an_artifact_with_exact_kernels_is_served_with_them(tmp_path):
     write_example(artifact.model_copy(update={"recipe": recipe}))
     assert '"session.x64quantprecision", "1"' in (artifact.folder / NAME).read_text()
     assert serve(artifact.folder, photograph(tmp_path)).returncode == 0
+
+
+def test_an_example_for_cuda_does_not_go_on_with_the_cpu(tmp_path):
+    if get_backend("onnxruntime").probe(find_profile("cuda-onnxruntime")).can_run:
+        pytest.skip("there is a CUDA device")
+    artifact = with_example("cpu-onnxruntime", tmp_path)
+    recipe = artifact.recipe.model_copy(update={"options": {**artifact.recipe.options, "provider": "CUDAExecutionProvider"}})
+    write_example(artifact.model_copy(update={"recipe": recipe}))
+    shown = serve(artifact.folder, photograph(tmp_path), warnings="ignore")
+    assert (shown.stdout, shown.returncode) == ("", 1)
+    assert "CUDA does not start" in shown.stderr or "CUDA failure" in shown.stderr
 
 
 def test_a_device_that_builds_its_engine_gets_its_example_too(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,15 @@ def test_what_cannot_be_built_is_a_row_with_its_reason(zoo, graph, tmp_path):
     row = zoo.attempt(str(tmp_path), "cpu-onnxruntime", recipe.model_dump(), can_run=True, reason="")
     assert row.status == "failed"
     assert "one constant value" in row.reason
+
+
+def test_a_capture_that_was_killed_is_done_anew(zoo, graph, tmp_path):
+    photographs, left = graph[0].parent / "photographs", tmp_path / "lcnet_035"
+    shutil.copytree(graph[0], left)
+    (left / "validation.npy").unlink()
+    captured = zoo.capture(zoo.candidate("lcnet_035", {}).model_dump(), str(photographs), str(left))
+    assert captured == graph[1]
+    assert (left / "validation.npy").is_file()
 
 
 # --- record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -68,7 +69,8 @@ class Specimens(Zoo):
         model = chosen.build(*chosen.shape[1:])
         first = data.train.head(CALIBRATION)
         spread = enliven(model, torch.from_numpy(pixels.apply(first.source.images(first.indices))))
-        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(out, ignore_errors=True)  # what a killed capture, or an earlier one, has left
+        out.mkdir(parents=True)
         capture(model, chosen.name, pixels, data.class_names, data.test, out)
         write_split(data.train.head(CALIBRATION), out / "calibration", Quiet(), "calibration")
         write_split(data.validation.head(VALIDATION), out / "validation", Quiet(), "validation")

@@ -1,6 +1,8 @@
-"""A float32 graph in another float type, with float32 inputs and outputs: what a strongly typed compiler takes as precision."""
+"""A float32 graph in another float type, with float32 inputs and outputs: what strongly typed runtimes take as precision."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -12,17 +14,23 @@ from fofa_deploy.types import Precision
 
 _CODES = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 _LARGEST: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
-_FLOAT32_INPUTS = {"Resize": (1, 2)}
+Places = Mapping[str, tuple[int, ...]]
+"""Of a node's inputs, by operator. A node whose first input is among them works in that type, and its first output has it, too."""
+
+FLOAT32_INPUTS: Places = {"Resize": (1, 2)}
 """Inputs that the ONNX standard wants in float32 whatever the rest is in."""
 
 _SMALLEST_SCALE = 2.0**-20
 """Of a Q/DQ pair in fp16: below it four bits or more of the scale are lost."""
 
 
-def typed(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
+def typed(model: onnx.ModelProto, precision: Precision, float32: Places = FLOAT32_INPUTS) -> onnx.ModelProto:
     """The graph with weights and activations in ``precision``; values beyond its range are clipped to its largest.
 
     Q/DQ pairs stay where they are: then ``precision`` is that of the rest.
+
+    Args:
+        float32: inputs that stay in float32, with casts on the way there and back.
 
     Raises:
         BuildError: the graph branches, or quantizes by steps too small for ``precision``.
@@ -36,12 +44,11 @@ def typed(model: onnx.ModelProto, precision: Precision) -> onnx.ModelProto:
         raise BuildError(f"a graph with branches is not written in {precision}", "try another recipe")
     if precision is Precision.FP16:
         _check_scales(graph)
-    kept = _keep_float32(graph)
     for tensor in graph.initializer:
-        if tensor.name not in kept:
-            _convert(tensor, code)
+        _convert(tensor, code)
     for node in graph.node:
         _retype(node, code)
+    _keep_float32(graph, {tensor.name: tensor for tensor in model.graph.initializer}, float32, code)
     _cast_ends(graph, code)
     return found
 
@@ -53,19 +60,29 @@ def _check_scales(graph: onnx.GraphProto) -> None:
             raise BuildError(f"{tensor.name} quantizes by steps that fp16 cannot hold", "take a recipe whose rest is fp32")
 
 
-def _keep_float32(graph: onnx.GraphProto) -> set[str]:
-    """Names that stay float32: copies of the constants, and casts of the activations, that some nodes want so."""
-    weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    kept: set[str] = set()
+def _keep_float32(graph: onnx.GraphProto, weights: Mapping[str, TensorProto], float32: Places, code: int) -> None:
+    """Unrounded copies of the constants, and casts of the activations, that some nodes want in float32."""
+    nodes: list[onnx.NodeProto] = []
+    made: set[str] = set()
     for node in graph.node:
-        for place in _FLOAT32_INPUTS.get(node.op_type, ()):
-            if place < len(node.input) and node.input[place] in weights:
-                copy = numpy_helper.from_array(numpy_helper.to_array(weights[node.input[place]]), f"{node.input[place]}/float32")
-                if copy.name not in kept:
-                    graph.initializer.append(copy)
-                    kept.add(copy.name)
-                node.input[place] = copy.name
-    return kept
+        places = [place for place in float32.get(node.op_type, ()) if place < len(node.input) and node.input[place]]
+        for place in places:
+            source, wide = node.input[place], f"{node.input[place]}/wide"
+            node.input[place] = wide
+            if wide in made:
+                continue
+            made.add(wide)
+            if source in weights:
+                graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(weights[source]), wide))
+            else:
+                nodes.append(helper.make_node("Cast", [source], [wide], name=wide, to=TensorProto.FLOAT))
+        nodes.append(node)
+        if 0 in places:
+            result, wide = node.output[0], f"{node.output[0]}/unrounded"
+            node.output[0] = wide
+            nodes.append(helper.make_node("Cast", [wide], [result], name=f"{result}/rounded", to=code))
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _convert(tensor: TensorProto, code: int) -> None:

@@ -1,4 +1,4 @@
-"""ONNX Runtime on CPUs and CUDA: float, static int8 (Q/DQ) and dynamic int8 of matrix products.
+"""ONNX Runtime on CPUs and CUDA: float; on CPUs static int8 (Q/DQ) and dynamic int8 of matrix products, on CUDA fp16 and bf16.
 
 What the recipes rest on (measured, see docs): only unsigned activations with signed per-channel weights are fast, and
 CPUs without VNNI add pairs of u8 x s8 products in 16 bits that saturate. Two ways out of that, both offered there:
@@ -7,16 +7,20 @@ seven-bit weights, and the runtime's exact u8 x u8 kernels.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import functools
+import io
+import re
 import shutil
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 import onnx
+import onnx.version_converter
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
@@ -33,8 +37,9 @@ from fofa_deploy.types import (
     Precision,
     Probe,
     Recipe,
+    Scalar,
 )
-from fofa_exporters import _device, _onnx
+from fofa_exporters import _device, _kernels, _onnx, _typed
 from fofa_exporters._device import Products
 from fofa_exporters._quantization import Scheme, prepare, quantized, require_calibration
 from fofa_exporters._quantization.recipes import SMOOTHING, grown
@@ -44,13 +49,21 @@ REFUSALS: tuple[type[Exception], ...] = (
     state.EPFail, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
     state.NoSuchFile, state.NotImplemented, state.RuntimeException,
 )  # fmt: skip
-BUILD_FAULTS: tuple[type[Exception], ...] = (ValueError, RuntimeError, *REFUSALS)  # the quantizer raises plain ones
-_WEIGHT_INPUT = {
-    "Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "ConvTranspose": 1, "Gemm": 1, "FusedGemm": 1, "MatMul": 1, "FusedMatMul": 1,
-    "MatMulNBits": 1, "Attention": 1, "ConvInteger": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1,
-    "QAttention": 1, "QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3,
-}  # fmt: skip
-_INTEGER = frozenset({"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QuantizeLinear", "QGemm"})
+_BF16_OPSET = 22  # the first whose convolutions may be in bf16
+_NO_BF16: _typed.Places = {
+    **dict.fromkeys(("MaxPool", "GlobalAveragePool", "GlobalMaxPool", "DepthToSpace", "SpaceToDepth"), (0,)),
+    **dict.fromkeys(("LeakyRelu", "Elu", "Selu", "LogSoftmax", "Log", "Reciprocal", "Floor", "Ceil", "Round"), (0,)),
+    **dict.fromkeys(("ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2", "ReduceLogSumExp", "CumSum"), (0,)),
+    **dict.fromkeys(("PRelu", "Einsum"), (0, 1)),
+    **dict.fromkeys(("Clip", "Resize", "ConvTranspose", "InstanceNormalization"), (0, 1, 2)),
+    "Pad": (0, 2),
+    "BatchNormalization": (0, 1, 2, 3, 4),
+}
+"""Of ONNX Runtime 1.31's CUDA provider, as its own kernels tell; what it lacks beyond these it refuses by name."""
+BUILD_FAULTS: tuple[type[Exception], ...] = (
+    *(ValueError, RuntimeError, onnx.version_converter.ConvertError),  # the quantizer raises plain ones
+    *REFUSALS,
+)
 
 
 class OnnxRuntimeSession:
@@ -79,21 +92,17 @@ class OnnxRuntimeBackend:
     """Artifacts are ONNX files that any build of ONNX Runtime optimizes for its own CPU when it loads them."""
 
     name = "onnxruntime"
-    precisions = frozenset({Precision.FP32, Precision.INT8})
+    precisions = frozenset({Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8})
     suffixes = (".onnx",)
     native = False
 
     def probe(self, profile: HardwareProfile) -> Probe:
-        provider = PROVIDERS.get(profile.device.kind)
-        if provider in ort.get_available_providers():
-            return Probe(can_build=True, can_run=True, versions=versions())
-        wanted = provider or f"a provider for {profile.device.kind}"
-        return Probe(can_build=False, can_run=False, reason=f"this onnxruntime lacks {wanted}", versions=versions())
+        reason = _absence(profile)
+        return Probe(can_build=not reason, can_run=not reason, reason=reason, versions=versions())
 
     def recipes(self, profile: HardwareProfile, graph: Graph) -> Sequence[Recipe]:
-        options = {"provider": PROVIDERS.get(profile.device.kind, "")}
-        transformer = _onnx.is_transformer(_onnx.read(graph))
-        offered = [*(_int8(profile, transformer) if profile.device.kind == "cpu" else []), FP32]
+        options = _bound_to(profile)
+        offered = CUDA if profile.device.kind == "gpu" else [*_int8(profile, _onnx.is_transformer(_onnx.read(graph))), FP32]
         return [
             recipe.model_copy(update={"options": {**options, **recipe.options}})
             for recipe in offered
@@ -116,7 +125,7 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeSession(_load(artifact.path, profile, session_options(artifact.recipe)))
 
     def describe_file(self, path: Path, profile: HardwareProfile) -> ModelFile:
-        recipe = FP32.model_copy(update={"options": {"provider": PROVIDERS.get(profile.device.kind, "")}})
+        recipe = FP32.model_copy(update={"options": _bound_to(profile)})
         try:
             return _onnx.describe(path, _onnx.CONTRIBUTED, lambda: layer_table(path, recipe))
         except REFUSALS as error:
@@ -128,18 +137,28 @@ class OnnxRuntimeBackend:
 
     def layer_times(self, artifact: Artifact, profile: HardwareProfile, feeds: Feeds, runs: int) -> tuple[LayerTime, ...]:
         with TemporaryDirectory() as scratch:
-            options = session_options(artifact.recipe)
-            options.enable_profiling, options.profile_file_prefix = True, str(Path(scratch) / "profile")
-            session = _load(artifact.path, profile, options)
+            session = _load(artifact.path, profile, _profiling(session_options(artifact.recipe), Path(scratch)))
             for _ in range(1 + runs):
                 session.run(None, dict(feeds))
-            events = json.loads(Path(session.end_profiling()).read_bytes())
-        return _kernel_times(events, artifact.layers, runs)
+            return _kernels.times(_kernels.events(Path(session.end_profiling())), artifact.layers, runs)
 
 
 # --- recipes ------------------------------------------------------------------------------------------------------
 
 FP32 = Recipe(name="fp32", precision=Precision.FP32, description="the captured graph as it is")
+FP16 = Recipe(
+    name="fp16",
+    precision=Precision.FP16,
+    description="weights and activations in half precision, fp32 in and out",
+    options={"method": "typed"},
+)
+BF16 = Recipe(
+    name="bf16",
+    precision=Precision.BF16,
+    description="weights and activations in bfloat16, fp32 in and out",
+    options={"method": "typed"},
+)
+CUDA = [FP16, BF16, FP32]
 DYNAMIC = Recipe(
     name="int8-dynamic-matmul",
     precision=Precision.INT8,
@@ -217,8 +236,17 @@ def _write_dynamic(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibra
         )
 
 
+def _write_typed(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None, main: Path) -> None:
+    if recipe.precision is Precision.FP16:
+        onnx.save(_typed.typed(model, recipe.precision), main)
+        return
+    old = any(opset.domain in _onnx.DOMAINS and opset.version < _BF16_OPSET for opset in model.opset_import)
+    newer = onnx.version_converter.convert_version(model, _BF16_OPSET) if old else model
+    onnx.save(_typed.typed(newer, recipe.precision, _NO_BF16), main)
+
+
 Writer = Callable[[Graph, onnx.ModelProto, Recipe, Calibration | None, Path], None]
-_WRITERS: dict[str, Writer] = {"copy": _copy, "static": _write_static, "dynamic": _write_dynamic}
+_WRITERS: dict[str, Writer] = {"copy": _copy, "static": _write_static, "dynamic": _write_dynamic, "typed": _write_typed}
 
 
 # --- sessions and what they really run ----------------------------------------------------------------------------
@@ -238,21 +266,84 @@ def session_options(recipe: Recipe) -> Any:  # noqa: ANN401 - onnxruntime is unt
     return options
 
 
-def open_session(path: Path, options: Any, provider: str, device: str = "") -> Any:  # noqa: ANN401
-    """An ``InferenceSession`` on ``provider``; onnxruntime itself would fall back to the CPU without an error.
+def open_session(model: Path | bytes, options: Any, provider: str, device: str = "") -> Any:  # noqa: ANN401
+    """An ``InferenceSession`` on ``provider``; onnxruntime itself falls back to the CPU without an error, now or in a later run.
 
     Raises:
-        BackendError: this onnxruntime lacks the provider, or bound another one.
+        BackendError: this onnxruntime lacks the provider, cannot start it, or bound another one.
     """
     available = ort.get_available_providers()
     if provider not in available:
-        raise BackendError(f"this onnxruntime has no {provider!r}", f"it has {', '.join(available)}: install another build of it")
+        raise BackendError(f"this onnxruntime has no {provider!r}, it has {', '.join(available)}", _remedy(provider))
+    cuda = provider == PROVIDERS["gpu"]
+    missing = _preload() if cuda else ""
     # TF32 is on by default on CUDA, and then "fp32" multiplies in 19 bits.
-    own = {"device_id": str(_device.ordinal(device)), "use_tf32": "0"} if provider == PROVIDERS["gpu"] else {}
-    session = ort.InferenceSession(str(path), options, providers=[provider], provider_options=[own])
+    own = {"device_id": str(_device.ordinal(device)), "use_tf32": "0"} if cuda else {}
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        session = ort.InferenceSession(source, options, providers=[provider], provider_options=[own], enable_fallback=0)
+    except RuntimeError as error:  # none of its own kinds: what CUDA throws
+        if not cuda:
+            raise
+        raise BackendError(f"{provider} does not start: {_words(str(error))}", "check `nvidia-smi`") from error
     if session.get_providers()[0] != provider:
-        raise BackendError(f"onnxruntime bound {session.get_providers()[0]} and not {provider}", "check the device's driver")
+        raise BackendError(
+            f"onnxruntime bound {session.get_providers()[0]} and not {provider}",
+            missing or "check the device's driver and libraries",
+        )
     return session
+
+
+@functools.cache
+def _preload() -> str:
+    """Load CUDA and cuDNN from where pip puts them. What is missing, in onnxruntime's words, or nothing."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        ort.preload_dlls()
+    return " ".join(said.getvalue().split())
+
+
+def _words(error: str) -> str:
+    """CUDA's own words of an error that is wrapped in places in the source."""
+    found = re.search(r"(?:CUDA|CUDNN|CUBLAS) failure \d+: [^;]+", error)
+    return found.group().strip() if found else error.partition("\n")[0]
+
+
+def _remedy(provider: str) -> str:
+    if provider != PROVIDERS["gpu"]:
+        return "install another build of it"
+    swap = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'onnxruntime-gpu[cuda,cudnn]'"
+    both = "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: " if _installed("onnxruntime-gpu") else ""
+    return both + swap
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
+def _absence(profile: HardwareProfile) -> str:
+    """Why the profile's device cannot be used here, or nothing: onnxruntime lists providers that it then cannot start."""
+    provider = PROVIDERS.get(profile.device.kind)
+    if provider is None:
+        return f"onnxruntime has no provider for {profile.device.kind} here"
+    try:
+        open_session(_nothing(), ort.SessionOptions(), provider, profile.device.name)
+    except BackendError as error:
+        return f"{error.message}: {error.action}"
+    except REFUSALS as error:
+        return f"{provider} does not start: {_words(str(error))}"
+    return ""
+
+
+def _nothing() -> bytes:
+    """The smallest model: what goes in comes out."""
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("in", "out")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["in"], ["out"])], "nothing", ends[:1], ends[1:])
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+    return bytes(made.SerializeToString())
 
 
 def _load(path: Path, profile: HardwareProfile, options: Any) -> Any:  # noqa: ANN401
@@ -264,42 +355,30 @@ def _load(path: Path, profile: HardwareProfile, options: Any) -> Any:  # noqa: A
         raise BackendError(f"onnxruntime cannot load {path}: {error}", "build the artifact again") from error
 
 
-def _kernel_times(events: Sequence[dict[str, Any]], table: Sequence[Layer], runs: int) -> tuple[LayerTime, ...]:
-    """Means per kernel; each kernel's first event belongs to the run that warmed up."""
-    suffix, known = "_kernel_time", {layer.name: layer.precision for layer in table}
-    times: dict[tuple[str, str], list[float]] = {}
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(suffix):
-            times.setdefault((event["name"].removesuffix(suffix), event["args"]["op_name"]), []).append(event["dur"] / 1e3)
-    return tuple(
-        LayerTime(name=name, operator=operator, precision=known.get(name, "unknown"), ms=sum(found[1:]) / runs)
-        for (name, operator), found in times.items()
-    )
+def _bound_to(profile: HardwareProfile) -> dict[str, Scalar]:
+    """What a recipe says of its device: which of several GPUs matters, a CPU is the whole machine."""
+    provider: dict[str, Scalar] = {"provider": PROVIDERS.get(profile.device.kind, "")}
+    return {**provider, "device": profile.device.name} if profile.device.kind == "gpu" else provider
+
+
+def _profiling(options: Any, scratch: Path) -> Any:  # noqa: ANN401
+    options.enable_profiling, options.profile_file_prefix = True, str(scratch / "profile")
+    return options
 
 
 def layer_table(path: Path, recipe: Recipe) -> tuple[Layer, ...]:
-    """The kernels that the runtime chose: its own optimized graph, at the level that is run, on this machine."""
+    """The kernels that the runtime chose, at the level that is run, on this machine, as they ran on one batch of zeros.
+
+    Raises:
+        BackendError: the recipe's provider is not there, or layers with weights ran elsewhere.
+    """
+    provider = str(recipe.options.get("provider", PROVIDERS["cpu"]))
     with TemporaryDirectory() as scratch:
-        options = session_options(recipe)
+        options = _profiling(session_options(recipe), Path(scratch))
         options.optimized_model_filepath = str(Path(scratch) / "optimized.onnx")
-        open_session(path, options, str(recipe.options.get("provider", PROVIDERS["cpu"])))
-        model = onnx.load(Path(scratch) / "optimized.onnx")
-    known = _onnx.constants(model.graph)
-    types = _types(model)
-    return tuple(_layer(node, known, types) for node in model.graph.node if not known.issuperset(node.output))
-
-
-def _layer(node: onnx.NodeProto, known: set[str], types: dict[str, str]) -> Layer:
-    place = _WEIGHT_INPUT.get(node.op_type)
-    weighted = place is not None and node.input[place] in known
-    integer = node.op_type.startswith("QLinear") or node.op_type in _INTEGER
-    precision = Precision.INT8 if integer else types.get(node.output[0], Precision.FP32)
-    return Layer(name=node.name, operator=node.op_type, precision=precision, weighted=weighted)
-
-
-def _types(model: onnx.ModelProto) -> dict[str, str]:
-    """Element types by tensor name, as far as the optimized graph states them; the rest of a float graph is fp32."""
-    spelled = {np.dtype(np.float32): Precision.FP32, np.dtype(np.float16): Precision.FP16, np.dtype(np.int8): Precision.INT8}
-    spelled[np.dtype(np.uint8)] = Precision.INT8
-    found = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in model.graph.value_info}
-    return {name: spelled.get(dtype, str(dtype)) for name, dtype in found.items()}
+        session = open_session(path, options, provider, str(recipe.options.get("device", "")))
+        model = onnx.load(options.optimized_model_filepath)
+        feeds = _kernels.blank(model)
+        if feeds is not None:
+            session.run(None, dict(feeds))
+        return _kernels.layers(model, _kernels.events(Path(session.end_profiling())), provider)

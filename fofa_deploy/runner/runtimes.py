@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,15 @@ def onnxruntime_session(job: dict[str, Any], path: Path, threads: int, trace: st
     options.add_session_config_entry("session.x64quantprecision", str(int(bool(job["options"].get("exact_kernels")))))
     if trace:
         options.enable_profiling, options.profile_file_prefix = True, trace
-    own = {"device_id": str(ordinal(job["device_name"])), "use_tf32": "0"} if job["device_kind"] == "gpu" else {}
-    session = ort.InferenceSession(str(path), options, providers=[wanted], provider_options=[own])
+    own = {}
+    if job["device_kind"] == "gpu":
+        own = {"device_id": str(ordinal(job["device_name"])), "use_tf32": "0"}
+        with contextlib.redirect_stdout(sys.stderr):
+            getattr(ort, "preload_dlls", bool)()  # CUDA and cuDNN, from where pip puts them; a Jetson's onnxruntime may be older
+    try:  # without its own fallback, which would go on with the CPU when a kernel fails while running
+        session = ort.InferenceSession(str(path), options, providers=[wanted], provider_options=[own], enable_fallback=0)
+    except RuntimeError as error:
+        raise RunnerError(f"onnxruntime cannot start {wanted}: {error}") from error
     if session.get_providers()[0] != wanted:
         raise RunnerError(f"onnxruntime bound {session.get_providers()[0]} and not {wanted}")
     return session

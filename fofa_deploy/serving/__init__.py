@@ -35,9 +35,17 @@ def _onnxruntime(artifact: Artifact) -> dict[str, str]:
         'options.add_session_config_entry("session.x64quantprecision", "1")  # exact int8 products without VNNI\n'
         f'session = ort.InferenceSession(here / "{main}", options, {provider})'
     )
+    # Where CUDA does not start, onnxruntime goes on with the CPU.
+    cuda = (
+        "ort.preload_dlls()  # CUDA and cuDNN, from where pip puts them\n"
+        f'session = ort.InferenceSession(here / "{main}", {provider}, enable_fallback=0)\n'
+        'if session.get_providers()[0] != "CUDAExecutionProvider":\n'
+        '    sys.exit("CUDA does not start: see nvidia-smi")'
+    )
+    on_gpu = options.get("provider") == "CUDAExecutionProvider"
     return {
         "imports": "import onnxruntime as ort",
-        "load": exact if options.get("exact_kernels") else plain,
+        "load": cuda if on_gpu else exact if options.get("exact_kernels") else plain,
         "run": 'session.run(None, {sidecar["input"]["name"]: prepare(photo, sidecar)})[0]',
     }
 

@@ -160,7 +160,7 @@ class Workbench:
         return found
 
     def _observed(self, name: str, calibration: Calibration) -> Path:
-        versions = environment.package_versions(("numpy", "onnx", "onnxruntime"))
+        versions = environment.package_versions(("numpy", "onnx", "onnxruntime", "onnxruntime-gpu"))
         inputs = {"graph": self.graph.path, "images": calibration.images, "sidecar": self.graph.sidecar, "versions": versions}
 
         def work(out: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fofa_deploy.backend import Backend, get_backend
-from fofa_deploy.profile import installed_profiles
+from fofa_deploy.backend import Backend, backend_names, get_backend
+from fofa_deploy.profile import find_profile, installed_profiles
 from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, Preprocessing, Recipe, Sidecar, TensorSpec
 
 SIZE, CLASSES, BATCHES = 32, 10, (1, 2, 8)
@@ -122,7 +122,7 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Captured]:
 
 @pytest.fixture(scope="session")
 def build(captured: dict[str, Captured], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Built]:
-    """(back end, kind, recipe name) -> what it built; each once per session. Skips where it cannot build, with its reason."""
+    """(back end or profile, kind, recipe name) -> what it built, once per session. Skips where it cannot build, with its reason."""
     done: dict[tuple[str, str, str], Built] = {}
 
     def once(name: str, kind: str, recipe_name: str) -> Built:
@@ -134,7 +134,8 @@ def build(captured: dict[str, Captured], tmp_path_factory: pytest.TempPathFactor
 
 
 def _build(name: str, captured: Captured, recipe_name: str, out: Path) -> Built:
-    backend, profile = get_backend(name), profile_for(name)
+    profile = profile_for(name)
+    backend = get_backend(profile.runtime)
     probe = backend.probe(profile)
     if not probe.can_build:
         pytest.skip(f"{name} cannot build here: {probe.reason}")
@@ -144,16 +145,22 @@ def _build(name: str, captured: Captured, recipe_name: str, out: Path) -> Built:
 
 
 def profile_for(name: str) -> HardwareProfile:
-    """The first shipped profile of a back end that can be built here, else the first, asking for all it can do.
+    """A shipped profile, or the first one of a back end that can be built here, else its first, asking for all the back end can do.
 
     A back end from elsewhere, which ships none with us, gets a plain one.
     """
+    if name not in backend_names():
+        return _thorough(find_profile(name))
     backend = get_backend(name)
     plain = HardwareProfile(name=name, description=name, runtime=name, precisions=tuple(sorted(backend.precisions)))
     mine = [profile for profile in installed_profiles() if profile.runtime == name] or [plain]
-    here = next((profile for profile in mine if backend.probe(profile).can_build), mine[0])
-    execution = here.execution.model_copy(update={"batch_sizes": BATCHES, "threads": 2, "spinning": False})
-    return here.model_copy(update={"precisions": tuple(sorted(backend.precisions)), "execution": execution})
+    return _thorough(next((profile for profile in mine if backend.probe(profile).can_build), mine[0]))
+
+
+def _thorough(profile: HardwareProfile) -> HardwareProfile:
+    execution = profile.execution.model_copy(update={"batch_sizes": BATCHES, "threads": 2, "spinning": False})
+    precisions = tuple(sorted(get_backend(profile.runtime).precisions))
+    return profile.model_copy(update={"precisions": precisions, "execution": execution})
 
 
 def stand_in(kind: str, folder: Path) -> Graph:

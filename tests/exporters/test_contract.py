@@ -19,20 +19,23 @@ from fofa_deploy.types import Artifact, Precision, Recipe
 
 from .conftest import BATCHES, KINDS, Built, Captured, profile_for, run_in_batches, stand_in
 
+TARGETS = (*backend_names(), "cuda-onnxruntime")
+"""Back ends, each on the first of its devices that is here, and the device whose recipes are others."""
+
 COSINE = {Precision.FP32: 0.999999, Precision.FP16: 0.9999, Precision.BF16: 0.999, Precision.INT8: 0.98}
 PEAKS = Peaks(gops={"fp32": 100, "int8": 400, "bf16": 200}, gbps=10, threads=1, measured_at="", fingerprint="")
 AGREEMENT = {Precision.FP32: 1.0, Precision.FP16: 0.98, Precision.BF16: 0.95, Precision.INT8: 0.85}
 
 
 def _cases() -> list[tuple[str, str, str]]:
-    """Every (back end, kind, recipe name), asked for with stand-in graphs, because capturing is too slow for collecting."""
+    """Every (target, kind, recipe name), asked for with stand-in graphs, because capturing is too slow for collecting."""
     with TemporaryDirectory() as folder:
         graphs = {kind: stand_in(kind, Path(folder) / kind) for kind in KINDS if (Path(folder) / kind).mkdir() is None}
         return [
             (name, kind, recipe.name)
-            for name in backend_names()
+            for name, profile in zip(TARGETS, map(profile_for, TARGETS), strict=True)
             for kind, graph in graphs.items()
-            for recipe in _apart(get_backend(name).recipes(profile_for(name), graph))
+            for recipe in _apart(get_backend(profile.runtime).recipes(profile, graph))
         ]
 
 
