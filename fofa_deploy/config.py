@@ -101,6 +101,7 @@ class SelectPlan(Frozen):
         exclude_if=lambda fit: fit == "all",  # plans without it are what they were, and so are their stages' keys
         description="all: one student that keeps every target's budget; each: one is chosen for each target",
     )
+    teacher: bool = Field(default=True, description="it is a candidate, too, and needs no training; not with fit = 'each'")
     rungs: Annotated[int, Field(ge=1, le=6)] = Field(default=3, description="short trainings; each is twice the one before")
     keep: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=0.5, description="share of the candidates that climbs on")
     first: Annotated[float, Field(gt=0.0, le=1.0)] = Field(

@@ -32,7 +32,7 @@ from fofa_deploy.recovery import PREFIX, RecoveringTuner, RetrainedTuner
 from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
-from fofa_deploy.select.apart import one_student
+from fofa_deploy.select.apart import settled
 from fofa_deploy.select.record import Selection
 from fofa_deploy.select.search import select_student
 from fofa_deploy.store import Store
@@ -144,7 +144,7 @@ class Run:
             PlanError: as `choose` does; or the targets get different students, which are trained by a run for each.
         """
         if selection := self.choose():
-            self.plan = self.plan.model_copy(update={"student": one_student(selection, self.plan, self.store.root)})
+            self.plan = settled(selection, self.plan, self.store.root, self.teacher and self.teacher[1] / WEIGHTS)
 
     def _selection_inputs(self) -> dict[str, object]:
         plan = self.plan

@@ -14,8 +14,8 @@ from fofa_deploy.recorded import PLAN
 from fofa_deploy.select.record import Choice, Selection
 
 
-def one_student(selection: Selection, plan: RunPlan, run: Path) -> ModelPlan:
-    """The student of all targets.
+def settled(selection: Selection, plan: RunPlan, run: Path, teacher: Path | None) -> RunPlan:
+    """The plan with the student of all targets; where that is the teacher itself, with its weights and no training.
 
     Raises:
         PlanError: they have several; says which, and the commands for a run of each.
@@ -23,7 +23,9 @@ def one_student(selection: Selection, plan: RunPlan, run: Path) -> ModelPlan:
     if lines := commands(selection, plan, run):
         told = ", ".join(f"{choice.name} for {choice.target}" for choice in selection.choices)
         raise PlanError(f"targets have students of their own: {told}", "\n".join(["run", *lines]))
-    return selection.student
+    if selection.ready:
+        return plan.model_copy(update={"student": selection.student.model_copy(update={"checkpoint": teacher}), "distill": None})
+    return plan.model_copy(update={"student": selection.student})
 
 
 def commands(selection: Selection, plan: RunPlan, run: Path) -> tuple[str, ...]:

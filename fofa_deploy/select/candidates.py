@@ -28,6 +28,7 @@ class Candidate(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="unique; also the name of its folder")
     student: ModelPlan
     image_size: Size = Field(description="height, width")
+    ready: bool = Field(default=False, description="the teacher itself: its accuracy is known, and nothing is trained")
 
 
 def listed_for(profile: HardwareProfile) -> tuple[CandidatePlan, ...]:
@@ -68,6 +69,13 @@ def expand(
         action = "remove the copy, or give each a name of its own in select.candidates"
         raise PlanError(f"select.candidates has two candidates named {twice[0]!r}", action)
     return found
+
+
+def itself(teacher: ModelPlan, usual: tuple[int, int]) -> Candidate:
+    """The teacher as a student that is there already; without the weights, whose place only a run knows."""
+    made_of = teacher.model_dump(include=set(ModelPlan.model_fields) - {"checkpoint", "pretrained"})
+    size = teacher.image_size or usual
+    return Candidate(name=f"teacher-{size_name(size)}", student=ModelPlan(**made_of), image_size=size, ready=True)
 
 
 def _variants(plan: CandidatePlan, model: str) -> list[tuple[str, ModelPlan]]:

@@ -34,6 +34,7 @@ class Judged(Frozen):
     image_size: Size | None = Field(default=None, description="height, width; records from before it was a choice lack it")
     params: PositiveInt | None
     fault: str = Field(default="", description="why it could not be captured")
+    ready: bool = Field(default=False, description="the teacher itself; its one rung is the accuracy it has")
     targets: tuple[OnTarget, ...]
     rungs: tuple[Point, ...]
     foretold: Forecast | None = None
@@ -56,6 +57,8 @@ class Judged(Frozen):
             return f"not captured: {self.fault}" if self.fault else "not captured"
         if missed:
             return "; ".join(missed)
+        if self.ready:
+            return "is there already; another is as good and faster, or better"
         return f"dropped after {len(self.rungs)} of the rungs"
 
 
@@ -64,6 +67,7 @@ class Choice(Frozen):
 
     student: ModelPlan
     name: str
+    ready: bool = Field(default=False, description="the teacher itself, which is deployed as it is")
     foretold: Forecast = Field(description="validation accuracy of the chosen one after the whole training")
     target: str = Field(description="whose latency decides between equals")
     front: tuple[str, ...] = Field(description="those that no other one beats in foretold accuracy and latency, the fastest first")

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from fofa_deploy.capture import capture
-from fofa_deploy.config import AUTO, MeasurePlan, ModelPlan, RunPlan, size_name
+from fofa_deploy.config import AUTO, MeasurePlan, RunPlan, size_name
 from fofa_deploy.data import preprocessing, write_split
-from fofa_deploy.distill.job import Taught, Workshop
+from fofa_deploy.distill.job import Taught, Workshop, read_summary
 from fofa_deploy.errors import PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.models import parameter_count
-from fofa_deploy.select.candidates import Candidate, expand, listed_for
+from fofa_deploy.select.candidates import Candidate, expand, itself, listed_for
 from fofa_deploy.select.choose import NobodyFitsError, Scored, Speed, choose, fitting, front, misses
-from fofa_deploy.select.forecast import Curve, Forecast, forecast
+from fofa_deploy.select.forecast import Curve, Forecast, Point, forecast
 from fofa_deploy.select.record import Choice, Judged, OnTarget, Selection
 from fofa_deploy.select.rungs import Halving
 from fofa_deploy.select.speed import Speeds, Stopwatch
@@ -63,12 +63,11 @@ class Selector:
         candidates = self.candidates()
         measured, notices, parameters, faults = self._measured(candidates)
         fits = self._fitting(measured)
-        climbs = {target: self.halving.climb([one for one in candidates if one.name in names]) for target, names in fits.items()}
+        climbs = {target: self._climbed([one for one in candidates if one.name in names]) for target, names in fits.items()}
         curves = _longest(climbs.values())
-        seen = self.halving.distill.epochs * len(self.halving.workshop.data.train)
-        foretold = {name: forecast(curve, seen) for name, curve in curves.items()}
-        students = {one.name: one.student for one in candidates}
-        first, *others = [self._choice(target, measured, climbs[target], foretold, students) for target in fits]
+        foretold = {name: forecast(curve, self._seen) for name, curve in curves.items()}
+        named = {one.name: one for one in candidates}
+        first, *others = [self._choice(target, measured, climbs[target], foretold, named) for target in fits]
         judged = [self._judged(candidate, measured, curves, parameters, faults, foretold) for candidate in candidates]
         return Selection(
             **dict(first),
@@ -84,19 +83,40 @@ class Selector:
         measured: dict[str, Speeds],
         curves: dict[str, Curve],
         foretold: dict[str, Forecast],
-        students: dict[str, ModelPlan],
+        named: dict[str, Candidate],
     ) -> Choice:
-        """The best of those that climbed for a target. Those that were dropped early are shown, and do not compete."""
+        """The best of those that climbed for a target or are ready. Those that were dropped early are shown, and do not compete."""
         speeds = {speed.name: speed for speed in measured[target].found}
         longest = max(len(curve.points) for curve in curves.values())
         shown = {name: Scored(speed=speeds[name], top1=foretold[name].top1) for name in curves}
-        best = choose([shown[name] for name, curve in curves.items() if len(curve.points) == longest]).speed.name
+        competing = [shown[name] for name, curve in curves.items() if named[name].ready or len(curve.points) == longest]
+        best = named[choose(competing).speed.name]
         order = tuple(one.speed.name for one in front(list(shown.values())))
-        return Choice(student=students[best], name=best, foretold=foretold[best], target=target, front=order)
+        told = foretold[best.name]
+        return Choice(student=best.student, name=best.name, ready=best.ready, foretold=told, target=target, front=order)
 
     def candidates(self) -> tuple[Candidate, ...]:
-        listed = self.plan.select.candidates or listed_for(self.profiles[0])
-        return expand(listed, self.plan.data.image_size, self.plan.select.image_sizes)
+        """The plan's, and the teacher where it may be deployed as it is."""
+        select, usual, taught_by = self.plan.select, self.plan.data.image_size, self.halving.taught_by
+        found = expand(select.candidates or listed_for(self.profiles[0]), usual, select.image_sizes)
+        # A checkpoint is loaded before channels are taken out: that of a pruned teacher fits no network that a plan can name.
+        offered = select.teacher and select.fit == "all" and taught_by and not taught_by[0].prune
+        ready = [itself(taught_by[0], usual)] if offered and taught_by else []
+        return (*found, *(one for one in ready if one.name not in {other.name for other in found}))
+
+    def _climbed(self, candidates: Sequence[Candidate]) -> dict[str, Curve]:
+        """What a training showed of everybody, or what is known of the ready ones."""
+        curves = self.halving.climb([one for one in candidates if not one.ready])
+        return curves | {one.name: Curve(points=(self._reached(),)) for one in candidates if one.ready}
+
+    def _reached(self) -> Point:
+        assert self.halving.taught_by, "it is a candidate"
+        return Point(seen=self._seen, top1=read_summary(self.halving.taught_by[1]).top1_validation or 0.0)
+
+    @property
+    def _seen(self) -> int:
+        """Images of a whole training."""
+        return self.halving.distill.epochs * len(self.halving.workshop.data.train)
 
     # --- measuring ------------------------------------------------------------------------------------------------
 
@@ -195,6 +215,7 @@ class Selector:
             name=candidate.name,
             student=candidate.student,
             image_size=candidate.image_size,
+            ready=candidate.ready,
             params=parameters.get(candidate.name),
             fault=_first_line(faults.get(candidate.name, "")),
             targets=rows,

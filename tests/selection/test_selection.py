@@ -39,6 +39,7 @@ SMALL = (
     "teacher.floor_top1=0.0",
     "student={model='auto'}",
     f"select.candidates={CANDIDATES}",
+    "select.teacher=false",
     "select.rungs=2",
     "select.first=0.25",
     "select.seconds=0.1",

@@ -50,6 +50,7 @@ candidates = [
     {{ model = "timm:xcit_nano_12_p16_224", name = "odd", image_size = 24 }},
 ]
 image_sizes = [16, 32]
+teacher = false
 rungs = 1
 first = 0.25
 seconds = 0.3
