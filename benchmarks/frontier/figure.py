@@ -19,10 +19,11 @@ PICTURE = "frontier.svg"
 NAMES = {OURS: "ours: select, distill, tune", **{way.name: way.title for way in WAYS}}
 ABOUT = """
 Test accuracy of the exported artifact, mean and standard deviation over seeds, within a budget on the 90th percentile of latency
-(batch 1, all cores). The budgets, the contenders and the selections are those of [benchmarks/select](../select/README.md).
+(batch 1, all cores). The budgets and the contenders are those of [benchmarks/select](../select/README.md).
 
-- **ours**: the student that the selection chose for the budget, distilled by the default plan, and the artifact that the tuner
-  deploys on the target. The selection ran once; its student was trained with every seed.
+- **ours**: what the selection takes for the budget among the contenders and the teacher itself: a student, distilled by the default
+  plan, or the teacher as it is; and the artifact that the tuner deploys of it on the target. The selection ran once; a student was
+  trained with every seed.
 - **the teacher, NNCF's defaults**: `nncf.quantize` as it comes, on OpenVINO; one figure, for there is one teacher.
 - **trained alone, quantize_static's defaults**: the same schedule without a teacher, `quantize_static` as it comes, on
   ONNX Runtime.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import figure
+from choosing import choose
 from outcome import Record
 from rivals import WAYS, NotBuiltError, Treated, Way, tested, treat
 from standing import OURS, TEACHER, Choice, Entry, Frontier, Race, Screened, choices
@@ -40,14 +41,21 @@ class Ledger:
 
 
 def screen(room: Workroom, ledger: Ledger) -> None:
-    """Time every contender after every rival's treatment, with the weights that are there, and choose who stands for whom."""
+    """Time every contender after every rival's treatment, with the weights that are there, and choose who stands for whom.
+
+    Ours is what the selection takes when the teacher itself is among the candidates, as it is by default.
+    """
     check_selected(ledger.selected)
     if not ledger.found.screened:
         ledger.note(screened=tuple(_screened(room)))
+    known = {(pick.target, pick.budget_ms) for pick in ledger.found.picks}
+    for pick in ledger.selected.picks:
+        if (pick.target, pick.budget_ms) not in known:
+            ledger.note(picks=(*ledger.found.picks, choose(room, pick.target, pick.budget_ms, itself=True)))
     macs = {name: one.macs for name, one in ledger.selected.truth().items()}
     found = [
         choice
-        for pick in ledger.selected.picks
+        for pick in ledger.found.picks
         for choice in choices(pick.target, pick.budget_ms, pick.contender, ledger.found.screened, macs)
     ]
     ledger.note(choices=tuple(found))
@@ -89,7 +97,7 @@ def wanted(found: Frontier) -> list[Task]:
     """All students that the last races need, seeds outermost: what is there is comparable at any time."""
     methods = {OURS: "default", **{way.name: way.method for way in WAYS if way.method}}
     chosen = dict.fromkeys((methods[one.way], one.contender) for one in found.choices if one.contender and one.way in methods)
-    return [Task(contender=name, method=method, seed=seed) for seed in found.seeds for method, name in chosen if name]
+    return [Task(contender=name, method=method, seed=seed) for seed in found.seeds for method, name in chosen if name != TEACHER]
 
 
 def measure(room: Workroom, ledger: Ledger) -> None:
@@ -127,16 +135,19 @@ def last_race(room: Workroom, found: Frontier, target: str) -> Race:
 
 def _seeded(chosen: Iterable[Choice], way: str, method: str | None, seeds: tuple[int, ...]) -> list[Task | None]:
     names = dict.fromkeys(one.contender for one in chosen if one.way == way and one.contender)
-    if method is None:
-        return [None] if names else []
-    return [Task(contender=name, method=method, seed=seed) for name in names for seed in seeds]
+    trained = [Task(contender=name, method=method, seed=seed) for name in names if method and name != TEACHER for seed in seeds]
+    return [*trained, None] if TEACHER in names else trained
 
 
 def _our_entry(one: Deployed, p90_ms: float) -> Entry:
-    task = one.task
-    return Entry(way=OURS, contender=task.contender, seed=task.seed, recipe=one.recipe, test=one.top1, p90_ms=p90_ms)
+    contender, seed = _whose(one.task)
+    return Entry(way=OURS, contender=contender, seed=seed, recipe=one.recipe, test=one.top1, p90_ms=p90_ms)
 
 
 def _rival_entry(one: Treated, p90_ms: float) -> Entry:
-    contender, seed = (one.task.contender, one.task.seed) if one.task else (TEACHER, 0)
+    contender, seed = _whose(one.task)
     return Entry(way=one.way.name, contender=contender, seed=seed, recipe=one.way.peer, test=tested(one), p90_ms=p90_ms)
+
+
+def _whose(task: Task | None) -> tuple[str, int]:
+    return (task.contender, task.seed) if task else (TEACHER, 0)

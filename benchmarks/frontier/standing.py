@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 
-from outcome import Goal
+from outcome import Goal, Picked
 from rivals import WAYS
 from workroom import Training
 
@@ -61,6 +61,8 @@ class Frontier(Frozen):
     seeds: tuple[int, ...]
     environment: Environment | None = None
     screened: tuple[Screened, ...] = ()
+    picks: tuple[Picked, ...] = ()
+    """As benchmarks/select has them, but that the teacher itself might be chosen."""
     choices: tuple[Choice, ...] = ()
     trainings: tuple[Training, ...] = ()
     races: tuple[Race, ...] = ()

@@ -25,7 +25,8 @@ SHARES = (0.25, 0.5, 0.75)
 class Deployed(Frozen):
     """What the tuner deploys of a student on a target."""
 
-    task: Task
+    task: Task | None
+    """None: the teacher."""
     recipe: str
     top1: Fraction
     """On the test split, of the artifact."""
@@ -62,18 +63,18 @@ class Times(Frozen):
         return {row.contender: row.p90_ms for row in self.rows}
 
 
-def deploy(room: Workroom, task: Task, target: str) -> Deployed:
-    """Tune a trained student for a target; what has been built and verified before is taken as it is.
+def deploy(room: Workroom, task: Task | None, target: str) -> Deployed:
+    """Tune a trained student, or the teacher, for a target; what has been built and verified before is taken as it is.
 
     Raises:
         BackendError: the tuner has nothing to deploy.
     """
-    with room.run(task) as run:
+    with room.run(task) if task else room.teacher_run() as run:
         rows = run.tuner(timed=False).tune(find_profile(target))
         row = next((row for row in rows if row.chosen), None)
         if row is None or row.artifact is None or row.top1 is None:
             reasons = "; ".join(dict.fromkeys(f"{row.recipe}: {row.reason}" for row in rows))
-            raise BackendError(f"{task.contender} has no verified artifact for {target}: {reasons}", "run fofa-deploy doctor")
+            raise BackendError(f"{called(task)} has no verified artifact for {target}: {reasons}", "run fofa-deploy doctor")
         artifact, golden = run.store.root / row.artifact, run.graph / "golden.npz"
         return Deployed(task=task, recipe=row.recipe, top1=row.top1, artifact=artifact, golden=golden)
 
@@ -102,7 +103,7 @@ def time_all(room: Workroom, tasks: Iterable[Task], target: str) -> Times:
     load = environment.describe().load_average
     found = race([one.candidate(target) for one in deployed], room)
     rows = tuple(
-        Timed(contender=one.task.contender, recipe=one.recipe, p50_ms=m.latency_ms.p50, p90_ms=p90(m), runs=m.runs)
+        Timed(contender=called(one.task), recipe=one.recipe, p50_ms=m.latency_ms.p50, p90_ms=p90(m), runs=m.runs)
         for one, m in zip(deployed, found, strict=True)
     )
     return Times(
@@ -115,14 +116,18 @@ def time_all(room: Workroom, tasks: Iterable[Task], target: str) -> Times:
     )
 
 
-def deploy_all(room: Workroom, tasks: Iterable[Task], target: str) -> tuple[list[Deployed], dict[str, str]]:
+def called(task: Task | None) -> str:
+    return task.contender if task else "teacher"
+
+
+def deploy_all(room: Workroom, tasks: Iterable[Task | None], target: str) -> tuple[list[Deployed], dict[str, str]]:
     """What could be deployed, and why the other contenders could not."""
     deployed, failed = [], {}
     for task in tasks:
         try:
             deployed.append(deploy(room, task, target))
         except BackendError as error:
-            failed[task.contender] = error.message
+            failed[called(task)] = error.message
     return deployed, failed
 
 
