@@ -142,7 +142,7 @@ def adopt(store: Store, file: Path, images: Path | None, preparation: Preparatio
         np.save(out / "golden-pixels.npy", golden)
         progress.say("evaluate the golden inputs with numpy")
         logits = _answers(out, "reference", out / "golden-pixels.npy", out / "golden-logits.npy", limits)
-        np.savez(out / "golden.npz", images=sidecar.preprocessing.apply(golden), logits=logits)
+        np.savez(out / "golden.npz", images=sidecar.prepare(golden), logits=logits)
 
     graph = store.run("graph", {"file": file, "sidecar": sidecar, "images": splits}, fill_graph)
 

@@ -134,10 +134,11 @@ class Selector:
         model = workshop.new(candidate.student)
 
         def work(out: Path) -> None:
-            names = workshop.data.class_names
-            capture(model, candidate.student.model, preprocessing(plan.data), names, workshop.data.validation, out)
+            told = candidate.student.model, preprocessing(plan.data), workshop.data.class_names, workshop.data.validation
+            capture(model, *told, out, plan.export.input)
 
-        folder = store.run("graph", {"student": candidate.student, "seed": plan.seed, "data": workshop.data.digest}, work)
+        made_of = {"student": candidate.student, "seed": plan.seed, "data": workshop.data.digest, **plan.export.inputs()}
+        folder = store.run("graph", made_of, work)
         measure = MeasurePlan(seconds=plan.select.seconds, max_seconds=4 * plan.select.seconds)
         settings = Settings(plan.accuracy, measure, plan.limits, plan.budget, plan.seed)
         evidence = Evidence(folder / "golden.npz")
