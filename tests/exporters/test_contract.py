@@ -20,7 +20,7 @@ from fofa_deploy.types import Artifact, Precision, Recipe
 from .conftest import BATCHES, KINDS, Built, Captured, profile_for, run_in_batches, stand_in
 
 COSINE = {Precision.FP32: 0.999999, Precision.FP16: 0.9999, Precision.BF16: 0.999, Precision.INT8: 0.98}
-PEAKS = Peaks(gops={"fp32": 100, "int8": 400, "bf16": 200}, gbps=10, threads=1, measured_at="", fingerprint="")
+PEAKS = Peaks(gops={"fp32": 100, "int8": 400, "bf16": 200, "fp16": 200}, gbps=10, threads=1, measured_at="", fingerprint="")
 AGREEMENT = {Precision.FP32: 1.0, Precision.FP16: 0.98, Precision.BF16: 0.95, Precision.INT8: 0.85}
 
 
