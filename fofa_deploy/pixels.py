@@ -52,7 +52,9 @@ def _front(graph: onnx.GraphProto, images: str, preprocessing: Preprocessing) ->
     ]
     for operator, values in _left(graph, images, preprocessing):
         name = f"{INPUT}/{operator.lower()}"
-        graph.initializer.append(numpy_helper.from_array(values.astype(np.float32).reshape(-1, 1, 1), f"{name}/constant"))
+        # A row as wide as the image, because ONNX Runtime may transpose last: numbers for three channels are dear to broadcast then.
+        rows = np.repeat(values.astype(np.float32).reshape(-1, 1, 1), preprocessing.image_size[1], axis=2)
+        graph.initializer.append(numpy_helper.from_array(rows, f"{name}/constant"))
         nodes.append(helper.make_node(operator, [nodes[-1].output[0], f"{name}/constant"], [name], name))
     nodes[-1].output[0] = images
     return nodes

@@ -15,7 +15,7 @@ from fofa_deploy.config import DataPlan
 from fofa_deploy.data import Split
 from fofa_deploy.data.sources import ArraySource
 from fofa_deploy.profile import find_profile
-from fofa_deploy.types import Artifact, Graph, Preprocessing, Sidecar, TensorSpec
+from fofa_deploy.types import Artifact, Graph, Preprocessing
 from fofa_deploy.verify import GraphCheck, check_graph
 
 SIDE, CLASSES = 32, ("a", "b", "c")

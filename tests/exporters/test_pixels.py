@@ -29,7 +29,9 @@ def _cases() -> Iterator[tuple[str, str, str]]:
         with TemporaryDirectory() as folder:
             graph = stand_in(kind, Path(folder))
             for name in backend_names():
-                yield from ((name, kind, recipe.name) for recipe in get_backend(name).recipes(profile_for(name), graph) if _counts(recipe))
+                yield from (
+                    (name, kind, recipe.name) for recipe in get_backend(name).recipes(profile_for(name), graph) if _counts(recipe)
+                )
 
 
 def _counts(recipe: Recipe) -> bool:
