@@ -52,7 +52,7 @@ def _front(graph: onnx.GraphProto, images: str, preprocessing: Preprocessing) ->
     ]
     for operator, values in _left(graph, images, preprocessing):
         name = f"{INPUT}/{operator.lower()}"
-        # A row as wide as the image, because ONNX Runtime may transpose last: numbers for three channels are dear to broadcast then.
+        # A row as wide as the image: ONNX Runtime may transpose last, and three numbers are dear to broadcast by themselves.
         rows = np.repeat(values.astype(np.float32).reshape(-1, 1, 1), preprocessing.image_size[1], axis=2)
         graph.initializer.append(numpy_helper.from_array(rows, f"{name}/constant"))
         nodes.append(helper.make_node(operator, [nodes[-1].output[0], f"{name}/constant"], [name], name))

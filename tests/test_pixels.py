@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.capture import capture
-from fofa_deploy.config import DataPlan
+from fofa_deploy.config import DataPlan, LimitsPlan, MeasurePlan, load_plan
 from fofa_deploy.data import Split
-from fofa_deploy.data.sources import ArraySource
+from fofa_deploy.data.sources import ArraySource, to_pixels
+from fofa_deploy.files import Wish, measure_files, subjects
+from fofa_deploy.measure import Candidate
+from fofa_deploy.pipeline import compress_and_export
 from fofa_deploy.profile import find_profile
-from fofa_deploy.types import Artifact, Graph, Preprocessing
+from fofa_deploy.progress import Quiet
+from fofa_deploy.remote.bundle import Line, job_for, write_bundle
+from fofa_deploy.remote.results import compare_outputs, read_results
+from fofa_deploy.serving import NAME
+from fofa_deploy.tune import Settings
+from fofa_deploy.types import Artifact, Budget, Graph, Preprocessing, Status
 from fofa_deploy.verify import GraphCheck, check_graph
 
 SIDE, CLASSES = 32, ("a", "b", "c")
@@ -105,3 +120,144 @@ def test_pixels_give_what_normalized_images_gave(name, tmp_path):
         found = logits(graph, images, tmp_path / profile_name, profile_name)
         assert np.abs(found - expected).max() <= TOLERANCE * np.abs(expected).max(), profile_name
     assert check_graph(GraphCheck(folder=tmp_path, profile=find_profile("cpu-onnxruntime"))).relative_error < TOLERANCE
+
+
+def test_a_mean_of_zero_needs_no_subtraction_even_where_zeros_are_padded(tmp_path):
+    known = PREPROCESSING.model_copy(update={"mean": (0.0,) * 3})
+    graph = captured(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Flatten(), nn.Linear(2048, 3)), tmp_path, known)
+    assert [node.op_type for node in onnx.load(graph.path).graph.node][:3] == ["Cast", "Transpose", "Conv"]
+    check_graph(GraphCheck(folder=tmp_path, profile=find_profile("cpu-onnxruntime")))
+
+
+def test_weights_that_others_read_too_stay_as_they_are(tmp_path):
+    """One kernel for the image and for what is made of it."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Conv2d(3, 3, 3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.both(self.both(images)).mean((2, 3))
+
+    captured(Shared(), tmp_path)
+    assert check_graph(GraphCheck(folder=tmp_path, profile=find_profile("cpu-onnxruntime"))).relative_error < TOLERANCE
+
+
+# --- the whole way ------------------------------------------------------------------------------------------------
+
+PLAN = """
+name = "pixels"
+targets = ["cpu-onnxruntime", "cpu-openvino", "rtx-desktop"]
+threads = 1
+
+[data]
+name = "digits"
+image_size = 32
+mean = [0.485, 0.456, 0.406]
+std = [0.229, 0.224, 0.225]
+
+[student]
+model = "timm:resnet10t"
+arguments = { channels = [8, 16, 16, 32], stem_width = 8 }
+
+[distill]
+method = "none"
+epochs = 4
+batch_size = 32
+lr = 3e-3
+warmup_epochs = 0.5
+
+[export]
+input = "uint8-nhwc"
+
+[qat]
+when = "never"
+
+[measure]
+seconds = 0.1
+max_seconds = 0.3
+"""
+QUICK = MeasurePlan(seconds=0.02, max_seconds=0.1, warmup_seconds=0.01, warmup_runs=5)
+LIMITS = LimitsPlan(run_seconds=60, build_seconds=60)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder and report of a finished run."""
+    root = tmp_path_factory.mktemp("pixels")
+    (root / "plan.toml").write_text(PLAN)
+    return root / "run", compress_and_export(load_plan(str(root / "plan.toml")), root / "run", Quiet())
+
+
+def artifacts(run, target: str) -> list[Artifact]:
+    """The fastest of each precision that passed."""
+    rows = [row for row in run[1].targets if row.target == target and row.status is Status.VERIFIED]
+    found = [Artifact.load(run[0] / row.artifact) for row in sorted(rows, key=lambda row: row.latency_ms is None)]
+    return list({artifact.recipe.precision: artifact for artifact in reversed(found)}.values())
+
+
+def test_a_plan_that_asks_for_pixels_gets_verified_artifacts_that_take_them(run):
+    out, report = run
+    for target in ("cpu-onnxruntime", "cpu-openvino"):
+        assert {"fp32", "int8"} <= {artifact.recipe.precision for artifact in artifacts(run, target)}, target
+    for folder in out.glob("artifacts/*/*"):
+        sidecar = Artifact.load(folder).sidecar
+        assert (sidecar.input.name, sidecar.input.shape, sidecar.input.dtype) == ("pixels", (None, SIDE, SIDE, 3), "uint8")
+        assert sidecar.layout == "NHWC"
+    with np.load(out / "graph" / "golden.npz") as golden:
+        assert (golden["images"].dtype, golden["images"].shape) == (np.uint8, (16, SIDE, SIDE, 3))
+    assert report.reference.status is Status.VERIFIED
+    assert "4. Feed as pixels, uint8, NHWC;" in (out / "model_card.md").read_text()
+    built = [row for row in report.targets if row.target == "rtx-desktop"]
+    reason = get_backend("tensorrt-rtx").probe(find_profile("rtx-desktop")).reason
+    assert {row.status for row in built} <= {Status.BUILT_NOT_RUN, Status.VERIFIED, Status.SKIPPED}, reason
+
+
+@pytest.mark.parametrize("target", ["cpu-onnxruntime", "cpu-openvino"])
+def test_the_example_beside_it_serves_a_photograph(run, target, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(photographs(1)[0]).save(photo)
+    for artifact in artifacts(run, target):
+        known = artifact.sidecar.preprocessing
+        images = to_pixels(Image.open(photo), DataPlan(name="images", classes=10, **known.model_dump()))[None]
+        with get_backend(artifact.backend).load(artifact, find_profile(target)) as session:
+            expected = session.run({"pixels": artifact.sidecar.prepare(images)})["logits"][0]
+        shown = alone([NAME, str(photo)], artifact.folder)
+        assert shown.returncode == 0, shown.stderr
+        assert shown.stdout.split()[1] == artifact.sidecar.class_names[int(expected.argmax())]
+        assert float(shown.stdout.split()[2]) == pytest.approx(float(expected.max()), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("target", ["cpu-onnxruntime", "cpu-openvino"])
+def test_a_carried_bundle_feeds_pixels_on_a_device_without_pytorch(run, target, tmp_path):
+    (tmp_path / "lacking").mkdir()
+    (tmp_path / "lacking" / "torch.py").write_text("raise ImportError('there is no PyTorch here')")
+    for artifact in artifacts(run, target):
+        golden, place = run[0] / "graph" / "golden.npz", tmp_path / str(artifact.recipe.precision)
+        candidate = Candidate(artifact=artifact.folder, profile=find_profile(target), golden=golden)
+        job = job_for(candidate, (Line(batch=1, threads=1), Line(batch=2, threads=1)), QUICK, LIMITS)
+        write_bundle(candidate, job, tmp_path / "bundle.zip")
+        with zipfile.ZipFile(tmp_path / "bundle.zip") as archive:
+            archive.extractall(place)
+        done = alone(["run.py"], place, PYTHONPATH=str(tmp_path / "lacking"))
+        assert done.returncode == 0, done.stdout + done.stderr
+        first, second = read_results((place / "results.json").read_bytes(), "results.json").answers(job)
+        assert (first.batch, second.batch) == (1, 2)
+        assert compare_outputs(first, job, golden).agreement >= 0.9
+
+
+def test_an_artifact_by_itself_is_measured_on_noise_of_its_own_type(run):
+    artifact = artifacts(run, "cpu-onnxruntime")[0]
+    settings = Settings(load_plan("demo").accuracy, QUICK, LIMITS, Budget(), 0, batches=(2,))
+    (row,) = measure_files(subjects([artifact.folder], Wish(), settings), Wish(), settings, Quiet())
+    assert row.inputs == {"pixels": (2, SIDE, SIDE, 3)}
+    assert row.measurement is not None, row.reason
+
+
+def alone(command: list[str], folder: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """In a Python that does not see this package."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | more
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=clean, capture_output=True, text=True, timeout=120, check=False
+    )
