@@ -14,6 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from fofa_deploy.errors import GraphError
 from fofa_deploy.types import Preprocessing, Sidecar, TensorSpec
 
 INPUT = "pixels"
@@ -26,7 +27,13 @@ def take_pixels(model: onnx.ModelProto, sidecar: Sidecar) -> tuple[onnx.ModelPro
 
     Args:
         model: of one float32 input (B,C,H,W), that of the sidecar; it is not changed.
+
+    Raises:
+        GraphError: its input is another one.
     """
+    if (sidecar.input.dtype, sidecar.layout) != ("float32", "NCHW"):
+        problem = f"{sidecar.model} takes images in {sidecar.input.dtype}, {sidecar.layout}"
+        raise GraphError(problem, "leave it as it is: pixels are put in front of float32, NCHW alone")
     out = onnx.ModelProto()
     out.CopyFrom(model)
     nodes = _front(out.graph, sidecar.input.name, sidecar.preprocessing)
