@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,29 +15,37 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from tiny import weights, write_graph
 from torch import Tensor, nn
 
+from fofa_deploy.adopt import Preparation, adopt, read_sidecar
 from fofa_deploy.backend import get_backend
 from fofa_deploy.capture import capture
-from fofa_deploy.config import DataPlan, LimitsPlan, MeasurePlan, load_plan
+from fofa_deploy.config import AccuracyPlan, DataPlan, LimitsPlan, MeasurePlan, load_plan
 from fofa_deploy.data import Split
 from fofa_deploy.data.sources import ArraySource, to_pixels
+from fofa_deploy.errors import GraphError
 from fofa_deploy.files import Wish, measure_files, subjects
 from fofa_deploy.measure import Candidate
 from fofa_deploy.pipeline import opened
+from fofa_deploy.pixels import take_pixels
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.remote.bundle import Line, job_for, write_bundle
 from fofa_deploy.remote.results import compare_outputs, read_results
 from fofa_deploy.serving import NAME
+from fofa_deploy.store import Store
 from fofa_deploy.tune import Settings
-from fofa_deploy.types import Artifact, Budget, Graph, Preprocessing, Status
+from fofa_deploy.types import Artifact, Budget, Graph, Preprocessing, Sidecar, Status, TensorSpec
 from fofa_deploy.verify import GraphCheck, check_graph
 
 SIDE, CLASSES = 32, ("a", "b", "c")
 PREPROCESSING = Preprocessing(image_size=(SIDE, SIDE), channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 TOLERANCE = 1e-5
 """Largest error of a logit, relative to the largest logit: float32 rounds at 6e-8, and some hundred products are added up."""
+QUICK = MeasurePlan(seconds=0.02, max_seconds=0.1, warmup_seconds=0.01, warmup_runs=5)
+LIMITS = LimitsPlan(run_seconds=60, build_seconds=60)
+SETTINGS = Settings(AccuracyPlan(), QUICK, LIMITS, Budget(), 0, batches=(2,))
 
 
 def photographs(count: int = 32) -> np.ndarray:
@@ -144,6 +153,86 @@ def test_weights_that_others_read_too_stay_as_they_are(tmp_path):
     assert check_graph(GraphCheck(folder=tmp_path, profile=find_profile("cpu-onnxruntime"))).relative_error < TOLERANCE
 
 
+# --- sidecars and ready-made files --------------------------------------------------------------------------------
+
+
+def sidecar(**changes) -> Sidecar:
+    source, target = TensorSpec(name="images", shape=(None, 3, 4, 5)), TensorSpec(name="logits", shape=(None, 3))
+    known = PREPROCESSING.model_copy(update={"image_size": (4, 5)})
+    plain = Sidecar(model="m", input=source, output=target, preprocessing=known, class_names=CLASSES)
+    return plain.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_a_sidecar_prepares_images_in_its_type_and_layout(dtype, layout):
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5), np.uint8)
+    spec = TensorSpec(name="images", shape=(None, 3, 4, 5), dtype=dtype)
+    found = sidecar(input=spec, layout=layout).prepare(images)
+    assert found.dtype == dtype
+    assert found.flags.c_contiguous
+    expected = images if dtype == "uint8" else sidecar().preprocessing.apply(images)
+    np.testing.assert_array_equal(found.transpose(0, 3, 1, 2) if layout == "NHWC" else found, expected)
+
+
+def test_a_sidecar_of_normalized_images_is_written_as_it_always_was():
+    text = sidecar().model_dump_json()
+    assert "layout" not in text
+    assert Sidecar.model_validate_json(text) == sidecar()
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "expected"),
+    [
+        (("batch", 1, 4, 4), onnx.TensorProto.UINT8, ("uint8", "NCHW")),
+        (("batch", 4, 4, 1), onnx.TensorProto.UINT8, ("uint8", "NHWC")),
+        (("batch", 4, 4, 1), onnx.TensorProto.FLOAT, ("float32", "NHWC")),
+    ],
+)
+def test_a_ready_made_file_says_itself_how_it_takes_images(tmp_path, shape, kind, expected):
+    found = read_sidecar(tiny_file(tmp_path, shape, kind), Preparation())
+    assert (found.input.dtype, found.layout) == expected
+    assert (found.preprocessing.channels, found.preprocessing.image_size) == (1, (4, 4))
+
+
+def test_a_ready_made_file_of_another_type_is_refused(tmp_path):
+    with pytest.raises(GraphError, match="takes images in float16"):
+        read_sidecar(tiny_file(tmp_path, ("batch", 1, 4, 4), onnx.TensorProto.FLOAT16), Preparation())
+
+
+def tiny_file(folder: Path, shape: tuple[str | int, ...], kind: int) -> Path:
+    """The tiny graph with another input."""
+    write_graph(folder)
+    (folder / "sidecar.json").unlink()
+    model = onnx.load(folder / "model.onnx")
+    model.graph.input[0].CopyFrom(onnx.helper.make_tensor_value_info("pictures", kind, shape))
+    model.graph.node.insert(0, onnx.helper.make_node("Cast", ["pictures"], ["images"], "cast", to=onnx.TensorProto.FLOAT))
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
+
+
+def test_a_ready_made_file_gets_pixels_in_front_and_keeps_its_answers(tmp_path):
+    write_graph(tmp_path)
+    (tmp_path / "sidecar.json").unlink()
+    preparation = Preparation(mean=(0.3,), std=(0.7,), pixels=True)
+    with Store(tmp_path / "store") as store:
+        tuner = adopt(store, tmp_path / "model.onnx", None, preparation, Quiet(), SETTINGS)
+        (row,) = [row for row in tuner.attempt(find_profile("cpu-onnxruntime")) if row.recipe == "fp32"]
+        assert row.status is Status.VERIFIED, row.reason
+        artifact = Artifact.load(store.root / row.artifact)
+    with np.load(store.root / "graph" / "golden.npz") as golden:
+        pixels, expected = golden["images"], golden["logits"]
+    assert (pixels.dtype, pixels.shape[1:]) == (np.uint8, (4, 4, 1))
+    np.testing.assert_allclose(((pixels / 255 - 0.3) / 0.7).reshape(len(pixels), -1) @ weights(), expected, rtol=1e-4, atol=1e-4)
+    alone = Path(shutil.copy(artifact.path, tmp_path / "alone.onnx"))
+    assert read_sidecar(alone, Preparation()) == artifact.sidecar, "the file itself says what it takes"
+    with Store(tmp_path / "again") as store:
+        found = adopt(store, alone, None, Preparation(), Quiet(), SETTINGS).attempt(find_profile("cpu-openvino"))
+    assert "fp32" in {row.recipe for row in found if row.status is Status.VERIFIED}
+    with pytest.raises(GraphError, match="takes images in uint8, NHWC"):
+        take_pixels(onnx.load(alone), artifact.sidecar)
+
+
 # --- the whole way ------------------------------------------------------------------------------------------------
 
 PLAN = """
@@ -174,8 +263,6 @@ input = "uint8-nhwc"
 [qat]
 when = "never"
 """
-QUICK = MeasurePlan(seconds=0.02, max_seconds=0.1, warmup_seconds=0.01, warmup_runs=5)
-LIMITS = LimitsPlan(run_seconds=60, build_seconds=60)
 
 
 @pytest.fixture(scope="module")
@@ -247,8 +334,7 @@ def test_a_carried_bundle_feeds_pixels_on_a_device_without_pytorch(run, target, 
 
 def test_an_artifact_by_itself_is_measured_on_noise_of_its_own_type(run):
     artifact = artifacts(run, "cpu-onnxruntime")[0]
-    settings = Settings(load_plan("demo").accuracy, QUICK, LIMITS, Budget(), 0, batches=(2,))
-    (row,) = measure_files(subjects([artifact.folder], Wish(), settings), Wish(), settings, Quiet())
+    (row,) = measure_files(subjects([artifact.folder], Wish(), SETTINGS), Wish(), SETTINGS, Quiet())
     assert row.inputs == {"pixels": (2, SIDE, SIDE, 3)}
     assert row.measurement is not None, row.reason
 

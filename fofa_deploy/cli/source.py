@@ -102,8 +102,9 @@ def open_source(
         return
     from fofa_deploy.pipeline import reopened
 
-    if source.out or source.images:
-        raise click.UsageError(f"--out and --images go with an ONNX file; {source.path} is a run directory and has its own")
+    if source.out or source.images or source.pixels:
+        others = "--out, --images and --pixels"
+        raise click.UsageError(f"{others} go with an ONNX file; {source.path} is a run directory and has its own")
     with reopened(source.path, progress, stored=not build) as run:
         tuner = run.tuner(source.recipe, fresh=fresh, build=build, timed=timed)
         yield tuner, [find_profile(source.profile)] if source.profile else run.profiles

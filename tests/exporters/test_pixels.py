@@ -14,7 +14,7 @@ from fofa_deploy.backend import FileOpener, LayerProfiler, backend_names, get_ba
 from fofa_deploy.judge import precision_problem
 from fofa_deploy.pixels import take_pixels
 from fofa_deploy.roofline import costs, work
-from fofa_deploy.types import Artifact, Graph, Recipe
+from fofa_deploy.types import Artifact, Graph, Precision, Recipe
 
 from .conftest import BATCHES, KINDS, SIZE, Built, Captured, images, profile_for, stand_in
 from .test_contract import AGREEMENT, COSINE, PEAKS, _cosine
@@ -65,6 +65,8 @@ def built(request: pytest.FixtureRequest, taken: dict[str, Captured], tmp_path_f
 
 def test_keeps_its_precision(built: Built):
     assert not precision_problem(built.artifact)
+    if built.artifact.recipe.precision is Precision.INT8 and built.captured.graph.sidecar.model == "cnn":
+        assert {layer.precision for layer in built.artifact.layers if layer.weighted} == {Precision.INT8}, "the first one included"
     assert (built.artifact.sidecar.input.dtype, built.artifact.sidecar.layout) == ("uint8", "NHWC")
 
 
