@@ -122,7 +122,7 @@ FEATURE_TERMS = ("fofa", "rsd", "fitnet")
 
 class DistillPlan(TrainPlan):
     method: str = Field(
-        default="fofa+rsd",
+        default="fofa+rsd+dist",
         description="'none', or a sum of kd, dkd, dist, ofa, fofa, rsd, fitnet; kd is added where none of the first four is named",
     )
     balance: Literal["gradient", "fixed"] = Field(
@@ -150,7 +150,7 @@ class DistillPlan(TrainPlan):
         unknown = [part.strip() for part in value.split("+") if part.strip() not in known]
         if value != "none" and unknown:
             raise ValueError(
-                f"unknown method {', '.join(map(repr, unknown))}; known: none, {', '.join(known)}, and sums such as fofa+rsd"
+                f"unknown method {', '.join(map(repr, unknown))}; known: none, {', '.join(known)}, and sums such as fofa+rsd+dist"
             )
         return value
 

@@ -36,18 +36,20 @@ def write(lines: Sequence[dict]) -> None:
 
 
 def _teachers(lines: Iterable[dict]) -> list[str]:
-    rows = [f"| {x['teacher']} | {x['test']:.2%} | {x['validation']:.2%} |" for x in lines if x["phase"] == "teacher"]
+    latest = {line["teacher"]: line for line in lines if line["phase"] == "teacher"}
+    rows = [f"| {kind} | {line['test']:.2%} | {line['validation']:.2%} |" for kind, line in latest.items()]
     return ["## Teachers", "", "| family | test | validation |", "|---|---|---|", *rows, ""] if rows else []
 
 
 def _settings(lines: Sequence[dict], regime: str) -> list[str]:
     """What was tried on validation images before anything was compared."""
+    chosen = {method.name: {name for choice in method.choices for name in choice} for method in study.METHODS}
     tried: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for line in lines:
         if line["phase"] == "rate":
             tried["rate", f"{line['pair'].split()[-1]} alone", f"learning rate {line['plan']['lr']:g}"].append(line["validation"])
         elif line["phase"] == "tune":
-            own = {name: value for name, value in line["plan"].items() if name in study.TUNED}
+            own = {name: value for name, value in line["plan"].items() if name in chosen[line["method"]]}
             tried["tune", line["method"], json.dumps(own)].append(line["validation"])
     if not tried:
         return []

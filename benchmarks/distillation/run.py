@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import click
@@ -81,7 +82,8 @@ class Room:
         return Workshop(data if final else dataclasses.replace(data, test=data.validation), seed, self.threads, self.progress)
 
     def teacher(self, kind: str) -> Path:
-        out = self.work / f"teacher-{kind}"
+        """Fitted once for all who run this: a processor of another kind rounds otherwise, and would teach another student."""
+        out = HERE / "teachers" / kind
         if not (out / "summary.json").is_file():
             out.mkdir(parents=True, exist_ok=True)
             self.workshop(None, TEACHER_SEED, final=True).fit(study.teacher(kind), out)
@@ -168,15 +170,14 @@ def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
 
 
 def compare(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
-    """Every method at its tuned setting; seeds outermost, so that what is there is always comparable."""
+    """Every method at its tuned setting, then ablations and equal compute; seeds outermost, so that what is there is comparable."""
     lines, rates = recorded(), _rates(regime)
-    for seed in range(seeds):
-        for pair in study.PAIRS:
-            for method in (*study.METHODS, *study.ABLATIONS, *study.LONGER):
-                length = _equal_compute(method, regime, pair, epochs) if method.longer else epochs
-                if length is not None:
-                    choice = _tuned(method, regime, lines)
-                    yield Training("compare", regime, pair, method, choice, seed, length, rates[pair.student])
+    for methods, seed in product((study.METHODS, (*study.LONGER, *study.ABLATIONS)), range(seeds)):
+        for pair, method in product(study.PAIRS, methods):
+            length = _equal_compute(method, regime, pair, epochs) if method.longer else epochs
+            if length is not None:
+                choice = _tuned(method, regime, lines)
+                yield Training("compare", regime, pair, method, choice, seed, length, rates[pair.student])
 
 
 def _equal_compute(method: study.Method, regime: study.Regime, pair: study.Pair, epochs: int) -> int | None:

@@ -63,10 +63,15 @@ def _weights(name: str, *values: float) -> tuple[Settings, ...]:
 
 
 def _fofa(name: str, **settings: Any) -> Method:  # noqa: ANN401 - fields of a plan
-    """A form of FOFA with RSD, at the default weights: nothing is tuned."""
-    return Method(name, {"method": "fofa+rsd", "fofa": {**FOFA, **settings.pop("fofa", {})}, **settings})
+    """A form of the default plan, at its weights."""
+    return Method(name, {"method": "fofa+rsd+dist", "fofa": {**FOFA, **settings.pop("fofa", {})}, **settings})
 
 
+DEFAULTS = (
+    {"method": "fofa+rsd", "temperature": 1.0},
+    {"method": "fofa+rsd+dist", "temperature": 1.0},
+    {"method": "fofa+rsd+dist", "temperature": 2.0},
+)
 TEMPERATURES = tuple({"temperature": value} for value in (1.0, 2.0, 4.0))
 RATES = Method("alone", {"method": "none"}, tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)))
 """Tried first: whatever suits a student alone is the learning rate of every method that teaches it."""
@@ -79,17 +84,14 @@ METHODS = (
     Method("FitNet", {"method": "fitnet", "balance": "fixed"}, _weights("fitnet", 0.1, 1.0, 10.0)),
     Method("OFA", {"method": "ofa", "balance": "fixed"}, tuple({"ofa_gamma": value} for value in (1.0, 1.5, 2.0))),
     Method("RSD", {"method": "rsd", "balance": "fixed"}, _weights("rsd", 0.5, 1.0, 2.0)),
-    _fofa(DEFAULT),
+    replace(_fofa(DEFAULT), choices=DEFAULTS),
 )
-"""The table. The default plan of this project is one for all pairs; the others choose."""
+"""The table. Every method has three settings to choose from, and one for all pairs; the last one's is this project's default."""
 
 LONGER = tuple(
     replace(method, name=f"{method.name}{EQUAL}", longer=True) for method in METHODS if method.name in ("alone", "KD", "RSD")
 )
 """At their tuned settings. What they gain by it is what a dearer method has to be worth."""
-
-TUNED = ("label_smoothing", "temperature", "weights", "ofa_gamma")
-"""What the methods above choose from, beside the learning rate of their student."""
 
 LATE = {"prompted_stages": [3]}
 ALL = {"prompted_stages": [1, 2, 3, 4]}
@@ -112,7 +114,9 @@ FORMS = (
 ABLATIONS = (
     _fofa("FOFA without attention", fofa={"attention": False}),
     _fofa("FOFA without standardized targets", fofa={"standardize": False}),
-    _fofa("FOFA without RSD", method="fofa"),
+    _fofa("FOFA without RSD", method="fofa+dist"),
+    _fofa("FOFA with KD for DIST", method="fofa+rsd"),
+    _fofa("FOFA without features", method="rsd+dist"),
     _fofa("FOFA with fixed weights", balance="fixed"),
     _fofa("FOFA, prompts, no regularizer", fofa=ALL, weights={"regularizer": 0.0}),
 )

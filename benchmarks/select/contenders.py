@@ -17,7 +17,7 @@ from fofa_deploy.types import Frozen
 TARGETS = ("cpu-onnxruntime", "cpu-openvino")
 TEACHER_TAPS = ("stem.0", "stem.1", "blocks.0", "blocks.2")
 METHODS = {
-    "default": {"method": "fofa+rsd", "fofa": {"width": 64, "heads": 4, "stages": 4}},
+    "default": {"method": "fofa+rsd+dist", "fofa": {"width": 64, "heads": 4, "stages": 4}},
     "alone": {"method": "none"},
     "kd": {"method": "kd", "balance": "fixed"},
 }

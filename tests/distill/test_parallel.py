@@ -119,7 +119,8 @@ def curves_agree(one: Path, other: Path) -> None:
     for a, b in pairs:
         assert b.losses == pytest.approx(a.losses, rel=CLOSE)
     weights = load_file(other / WEIGHTS)
-    assert all(torch.allclose(value, weights[name], rtol=1e-3, atol=1e-5) for name, value in load_file(one / WEIGHTS).items())
+    # The bias of attention's keys has no gradient but that of rounding, of which Adam makes steps nevertheless.
+    assert all(torch.allclose(value, weights[name], rtol=1e-3, atol=5e-5) for name, value in load_file(one / WEIGHTS).items())
 
 
 @pytest.fixture(scope="module")
