@@ -45,7 +45,7 @@ TOLERANCE = 1e-5
 """Largest error of a logit, relative to the largest logit: float32 rounds at 6e-8, and some hundred products are added up."""
 QUICK = MeasurePlan(seconds=0.02, max_seconds=0.1, warmup_seconds=0.01, warmup_runs=5)
 LIMITS = LimitsPlan(run_seconds=60, build_seconds=60)
-SETTINGS = Settings(AccuracyPlan(), QUICK, LIMITS, Budget(), 0, batches=(2,))
+SETTINGS = Settings(AccuracyPlan(), QUICK, LIMITS, Budget(), 0, "fp32", batches=(2,))
 
 
 def photographs(count: int = 32) -> np.ndarray:
@@ -217,7 +217,7 @@ def test_a_ready_made_file_gets_pixels_in_front_and_keeps_its_answers(tmp_path):
     preparation = Preparation(mean=(0.3,), std=(0.7,), pixels=True)
     with Store(tmp_path / "store") as store:
         tuner = adopt(store, tmp_path / "model.onnx", None, preparation, Quiet(), SETTINGS)
-        (row,) = [row for row in tuner.attempt(find_profile("cpu-onnxruntime")) if row.recipe == "fp32"]
+        (row,) = tuner.attempt(find_profile("cpu-onnxruntime"))
         assert row.status is Status.VERIFIED, row.reason
         artifact = Artifact.load(store.root / row.artifact)
     with np.load(store.root / "graph" / "golden.npz") as golden:
@@ -227,8 +227,8 @@ def test_a_ready_made_file_gets_pixels_in_front_and_keeps_its_answers(tmp_path):
     alone = Path(shutil.copy(artifact.path, tmp_path / "alone.onnx"))
     assert read_sidecar(alone, Preparation()) == artifact.sidecar, "the file itself says what it takes"
     with Store(tmp_path / "again") as store:
-        found = adopt(store, alone, None, Preparation(), Quiet(), SETTINGS).attempt(find_profile("cpu-openvino"))
-    assert "fp32" in {row.recipe for row in found if row.status is Status.VERIFIED}
+        (row,) = adopt(store, alone, None, Preparation(), Quiet(), SETTINGS).attempt(find_profile("cpu-openvino"))
+        assert row.status is Status.VERIFIED, row.reason
     with pytest.raises(GraphError, match="takes images in uint8, NHWC"):
         take_pixels(onnx.load(alone), artifact.sidecar)
 
@@ -259,6 +259,9 @@ warmup_epochs = 0.5
 
 [export]
 input = "uint8-nhwc"
+
+[accuracy]
+max_top1_drop = 0.05
 
 [qat]
 when = "never"
