@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from fofa_deploy.config import DataPlan, LimitsPlan
 from fofa_deploy.data import Split, load_data, preprocessing, write_split
 from fofa_deploy.errors import GraphError
 from fofa_deploy.isolate import run_isolated
+from fofa_deploy.pixels import take_pixels
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Progress
 from fofa_deploy.store import Store
@@ -31,10 +33,11 @@ KEY = "fofa_deploy.sidecar"
 
 
 class Preparation(Frozen):
-    """How to feed a file that does not say it itself."""
+    """How to feed a file that does not say it itself, and whether what is made of it is to take pixels."""
 
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
+    pixels: bool = False
 
 
 class Answers(Frozen):
@@ -91,9 +94,14 @@ def _derived(model: onnx.ModelProto, file: Path, preparation: Preparation) -> Si
         raise GraphError(
             f"{file} maps {shapes}: not images (B,C,H,W) to logits (B,K)", "give a classifier with one input and output"
         )
-    (_, channels, height, width), (_, classes) = shapes
+    (_, *sides), (_, classes) = shapes
+    layout: Literal["NCHW", "NHWC"] = "NHWC" if sides[0] not in (1, 3) and sides[2] in (1, 3) else "NCHW"
+    channels, height, width = sides if layout == "NCHW" else (sides[2], *sides[:2])
     if not (channels in (1, 3) and height and width and classes):
         raise GraphError(f"{file} has dynamic sides or channels: {shapes[0]}", "fix all but the batch axis when exporting")
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(inputs[0].type.tensor_type.elem_type).name
+    if dtype not in ("float32", "uint8"):
+        raise GraphError(f"{file} takes images in {dtype}", "export it with an input in float32, or in uint8 for pixels")
     plan = DataPlan(
         name="images",
         classes=classes,
@@ -104,10 +112,11 @@ def _derived(model: onnx.ModelProto, file: Path, preparation: Preparation) -> Si
     )
     return Sidecar(
         model=file.name,
-        input=TensorSpec(name=inputs[0].name, shape=(None, channels, height, width)),
+        input=TensorSpec(name=inputs[0].name, shape=(None, *sides), dtype=dtype),
         output=TensorSpec(name=model.graph.output[0].name, shape=(None, classes)),
         preprocessing=preprocessing(plan),
         class_names=tuple(str(number) for number in range(classes)),
+        layout=layout,
     )
 
 
@@ -142,9 +151,11 @@ def adopt(store: Store, file: Path, images: Path | None, preparation: Preparatio
         np.save(out / "golden-pixels.npy", golden)
         progress.say("evaluate the golden inputs with numpy")
         logits = _answers(out, "reference", out / "golden-pixels.npy", out / "golden-logits.npy", limits)
-        np.savez(out / "golden.npz", images=sidecar.preprocessing.apply(golden), logits=logits)
+        taken = _with_pixels(out, sidecar) if preparation.pixels else sidecar
+        np.savez(out / "golden.npz", images=taken.prepare(golden), logits=logits)
 
-    graph = store.run("graph", {"file": file, "sidecar": sidecar, "images": splits}, fill_graph)
+    made_of = {"file": file, "sidecar": sidecar, "images": splits} | ({"pixels": True} if preparation.pixels else {})
+    graph = store.run("graph", made_of, fill_graph)
 
     def fill_expected(out: Path) -> None:
         _answers(graph, "cpu-onnxruntime", splits / "validation" / "images.npy", out / "validation.npy", limits)
@@ -153,6 +164,15 @@ def adopt(store: Store, file: Path, images: Path | None, preparation: Preparatio
     calibration = splits / "calibration"
     evidence = Evidence(graph / "golden.npz", splits, expected)
     return Tuner(store, graph, evidence, calibration if calibration.is_dir() else None, settings, progress)
+
+
+def _with_pixels(folder: Path, sidecar: Sidecar) -> Sidecar:
+    """Have the graph in a folder take pixels; its golden outputs stay those of the file."""
+    model, taken = take_pixels(onnx.load(folder / "model.onnx"), sidecar)
+    onnx.helper.set_model_props(model, {KEY: taken.model_dump_json()})
+    onnx.save(model, folder / "model.onnx")
+    (folder / "sidecar.json").write_text(taken.model_dump_json(indent=1))
+    return taken
 
 
 def _answers(graph: Path, profile: str, images: Path, out: Path, limits: LimitsPlan) -> np.ndarray:
@@ -169,6 +189,6 @@ def _data_plan(sidecar: Sidecar, images: Path) -> DataPlan:
 
 def _write_noise(sidecar: Sidecar, folder: Path, seed: int) -> None:
     folder.mkdir()
-    shape = (GOLDEN, *(side or 1 for side in sidecar.input.shape[1:]))
+    shape = (GOLDEN, sidecar.preprocessing.channels, *sidecar.preprocessing.image_size)
     np.save(folder / "images.npy", np.random.default_rng(seed).integers(0, 256, shape, np.uint8))
     np.save(folder / "labels.npy", np.zeros(GOLDEN, np.int64))

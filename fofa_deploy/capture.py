@@ -21,7 +21,8 @@ from torch import nn
 from fofa_deploy.data import Split
 from fofa_deploy.errors import GraphError
 from fofa_deploy.inference import predict
-from fofa_deploy.types import Preprocessing, Sidecar, TensorSpec
+from fofa_deploy.pixels import take_pixels
+from fofa_deploy.types import InputForm, Preprocessing, Sidecar, TensorSpec
 
 INPUT, OUTPUT = "images", "logits"
 GOLDEN = 16
@@ -34,7 +35,13 @@ FAULTS = (torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError, Value
 
 
 def capture(
-    model: nn.Module, name: str, preprocessing: Preprocessing, class_names: tuple[str, ...], images: Split, folder: Path
+    model: nn.Module,
+    name: str,
+    preprocessing: Preprocessing,
+    class_names: tuple[str, ...],
+    images: Split,
+    folder: Path,
+    form: InputForm = "float32-nchw",
 ) -> None:
     """Write ``model.onnx`` (dynamic batch), ``sidecar.json`` and ``golden.npz`` (images, logits) into ``folder``.
 
@@ -44,6 +51,7 @@ def capture(
         model: logits (B,classes) from normalized images (B,C,H,W); a copy on the CPU in eval mode is exported.
         name: the model's name, for the record.
         images: real images; the first `GOLDEN` become the golden inputs, repeated where there are fewer.
+        form: how the graph takes images; of all the rest, the sidecar says it.
 
     Raises:
         GraphError: no exporter takes the model, or its output is not (B,classes).
@@ -54,7 +62,6 @@ def capture(
     with torch.no_grad():
         outputs = model(torch.from_numpy(inputs))
     _check_output(outputs, len(class_names), name)
-    np.savez(folder / "golden.npz", images=inputs, logits=outputs.numpy())
     sidecar = Sidecar(
         model=name,
         input=TensorSpec(name=INPUT, shape=(None, *inputs.shape[1:])),
@@ -62,8 +69,14 @@ def capture(
         preprocessing=preprocessing,
         class_names=class_names,
     )
+    exporter, proto = _export(model, inputs, folder, name)
+    if form == "uint8-nhwc":
+        proto, sidecar = take_pixels(proto, sidecar)
+    onnx.helper.set_model_props(proto, {"fofa_deploy.sidecar": sidecar.model_dump_json(), "fofa_deploy.exporter": exporter})
+    onnx.checker.check_model(proto)
+    onnx.save(proto, folder / "model.onnx")
     (folder / "sidecar.json").write_text(sidecar.model_dump_json(indent=1))
-    _export(model, inputs, folder, sidecar)
+    np.savez(folder / "golden.npz", images=sidecar.prepare(pixels), logits=outputs.numpy())
 
 
 def _check_output(outputs: object, classes: int, name: str) -> None:
@@ -74,27 +87,25 @@ def _check_output(outputs: object, classes: int, name: str) -> None:
         raise GraphError(f"{name} gives NaN or infinity for real images", "check its weights and the preprocessing")
 
 
-def _export(model: nn.Module, inputs: np.ndarray, folder: Path, sidecar: Sidecar) -> None:
-    """Write the graph by the first exporter that takes the model, and a notice where that is not the first of all."""
+def _export(model: nn.Module, inputs: np.ndarray, folder: Path, name: str) -> tuple[str, onnx.ModelProto]:
+    """The graph by the first exporter that takes the model, and its name; a notice in ``folder`` where that is not the first."""
     # A batch of one would be taken for a constant, and so for the only batch size there is.
     example = torch.from_numpy(inputs[:2])
     refusals: list[str] = []
-    for name, export in EXPORTERS.items():
+    for exporter, export in EXPORTERS.items():
         try:
             with _hushed():
                 proto = export(model, example)
             break
         except FAULTS as error:
-            refusals.append(f"{name}: {_reason(error)}")
+            refusals.append(f"{exporter}: {_reason(error)}")
     else:
-        problem = f"{sidecar.model} cannot be exported to ONNX; {'; '.join(refusals)}"
+        problem = f"{name} cannot be exported to ONNX; {'; '.join(refusals)}"
         raise GraphError(problem, "choose another student, or mend its forward()")
-    onnx.helper.set_model_props(proto, {"fofa_deploy.sidecar": sidecar.model_dump_json(), "fofa_deploy.exporter": name})
-    onnx.checker.check_model(proto)
-    onnx.save(proto, folder / "model.onnx")
     if refusals:
-        notice = f"{sidecar.model} was exported by {name}; {'; '.join(refusals)}"
+        notice = f"{name} was exported by {exporter}; {'; '.join(refusals)}"
         (folder / "notices.json").write_text(json.dumps([notice]))
+    return exporter, proto
 
 
 def _reason(error: Exception) -> str:

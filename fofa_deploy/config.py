@@ -25,7 +25,7 @@ from fofa_deploy.training import TeacherPlan as TeacherPlan
 from fofa_deploy.training import TrainPlan as TrainPlan
 from fofa_deploy.training import WeightsPlan as WeightsPlan
 from fofa_deploy.training import size_name as size_name
-from fofa_deploy.types import Budget, Fraction, Frozen
+from fofa_deploy.types import Budget, Fraction, Frozen, InputForm
 
 AUTO = "auto"
 """The student's model where it is to be chosen."""
@@ -110,6 +110,19 @@ class SelectPlan(Frozen):
     seconds: PositiveFloat = Field(default=1.0, description="least time that each candidate's latency is measured")
 
 
+class ExportPlan(Frozen):
+    """What the captured graph, and so every artifact, is given."""
+
+    input: InputForm = Field(
+        default="float32-nchw",
+        description="uint8-nhwc: images as cameras and decoders give them, which the artifact itself normalizes",
+    )
+
+    def inputs(self) -> dict[str, str]:
+        """What it adds to the keys of stages: nothing where it is the default, so that graphs of before are kept."""
+        return {} if self.input == "float32-nchw" else {"input": self.input}
+
+
 class AccuracyPlan(Frozen):
     """What an artifact must keep of the captured model, on the validation split."""
 
@@ -168,6 +181,7 @@ class RunPlan(Frozen):
     select: SelectPlan = SelectPlan()
     distill: DistillPlan | None = None
     qat: QatPlan = QatPlan()
+    export: ExportPlan = ExportPlan()
     accuracy: AccuracyPlan = AccuracyPlan()
     budget: Budget = Budget()
     verify: VerifyPlan = VerifyPlan()

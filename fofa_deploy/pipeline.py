@@ -149,7 +149,7 @@ class Run:
     def _selection_inputs(self) -> dict[str, object]:
         plan = self.plan
         decided = {"select": plan.select, "budget": plan.budget, "targets": self.profiles, "size": plan.data.image_size}
-        return {**decided, "distill": plan.distill and plan.distill.decisive(), **self._training_inputs()}
+        return {**decided, "distill": plan.distill and plan.distill.decisive(), **plan.export.inputs(), **self._training_inputs()}
 
     def _training_inputs(self) -> dict[str, object]:
         return {"data": self.data.digest, "seed": self.plan.seed, "teacher": self.teacher and taught_inputs(*self.teacher)}
@@ -210,13 +210,14 @@ class Run:
     def _capture(self, stage: str, plan: ModelPlan, folder: Path) -> Path:
         def inputs() -> dict[str, object]:
             versions = environment.package_versions(("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"))
-            return {**self._model_inputs(plan, folder), "data": self.data.digest, "versions": versions}
+            made_of = {**self._model_inputs(plan, folder), **self.plan.export.inputs()}
+            return {**made_of, "data": self.data.digest, "versions": versions}
 
         def work(out: Path) -> None:
             self.progress.say(f"capture {plan.model}")
-            model = self.workshop.load(plan, folder)
             data = self.workshop.seen_by(plan)
-            capture(model, plan.model, preprocessing(data.plan), data.class_names, data.validation, out)
+            told = plan.model, preprocessing(data.plan), data.class_names, data.validation
+            capture(self.workshop.load(plan, folder), *told, out, self.plan.export.input)
             check = GraphCheck(folder=out, profile=find_profile(REFERENCE))
             run_isolated("fofa_deploy.verify:check_graph", check, Comparison, seconds=self.plan.limits.run_seconds)
 

@@ -120,6 +120,10 @@ class Probe(Frozen):
 # --- graphs and artifacts -------------------------------------------------------------------------------------
 
 
+InputForm = Literal["float32-nchw", "uint8-nhwc"]
+"""How a graph takes images: normalized by its caller, or as they are, to normalize them itself."""
+
+
 class TensorSpec(Frozen):
     name: str
     shape: tuple[PositiveInt | None, ...] = Field(description="None marks a dynamic axis: the batch, in all that is built here")
@@ -152,14 +156,26 @@ class Sidecar(Frozen):
 
     schema_version: Literal[1] = 1
     model: str
-    input: TensorSpec
+    input: TensorSpec = Field(description="of uint8 where the graph itself normalizes")
     output: TensorSpec
     preprocessing: Preprocessing
     class_names: tuple[str, ...]
+    layout: Literal["NCHW", "NHWC"] = Field(
+        default="NCHW",
+        exclude_if=lambda layout: layout == "NCHW",  # sidecars without it are what they were, and so are stages' keys
+        description="of the input",
+    )
+
+    def prepare(self, images: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The graph's input for uint8 (B,C,H,W), in its own type and layout."""
+        import numpy as np
+
+        ready = images if self.input.dtype == "uint8" else self.preprocessing.apply(images)
+        return np.ascontiguousarray(ready.transpose(0, 2, 3, 1) if self.layout == "NHWC" else ready)
 
 
 class Graph(Frozen):
-    """A captured float ONNX graph: logits (B,classes) from normalized images (B,C,H,W), dynamic batch."""
+    """A captured float ONNX graph: logits (B,classes) from images as its sidecar prepares them, dynamic batch."""
 
     path: Path
     sha256: str
@@ -177,18 +193,17 @@ class Calibration(Frozen):
     """Real images for post-training quantization, streamed from a memory-mapped file."""
 
     images: Path = Field(description=".npy file, uint8 (N,C,H,W)")
-    preprocessing: Preprocessing
-    input_name: str
+    sidecar: Sidecar = Field(description="of the graph that is to be quantized")
     statistics: Path | None = Field(default=None, description="folder of what the graph does on them, when that is known already")
     sensitivity: Path | None = Field(default=None, description="folder of what quantizing each layer does, likewise")
 
     def batches(self, size: int) -> Iterator[Feeds]:
-        """Feeds of at most ``size`` normalized images each, in file order."""
+        """Feeds of at most ``size`` images each, in file order."""
         import numpy as np
 
         images = np.load(self.images, mmap_mode="r", allow_pickle=False)
         for start in range(0, len(images), size):
-            yield {self.input_name: self.preprocessing.apply(images[start : start + size])}
+            yield {self.sidecar.input.name: self.sidecar.prepare(images[start : start + size])}
 
 
 class Recipe(Frozen):

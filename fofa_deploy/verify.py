@@ -91,15 +91,14 @@ def _beyond_doubt(found: Comparison, expected_top1: float | None, budget: Accura
 
 def run_all(session: Session, artifact: Artifact, images: NDArray[np.uint8], batch_size: int) -> Logits:
     """Logits float32 (N,K) for uint8 images (N,C,H,W), in batches."""
-    sidecar = artifact.sidecar
     batches = [
-        _logits(session, artifact, sidecar.preprocessing.apply(images[start : start + batch_size]))
+        _logits(session, artifact, artifact.sidecar.prepare(images[start : start + batch_size]))
         for start in range(0, len(images), batch_size)
     ]
     return np.concatenate(batches)
 
 
-def _logits(session: Session, artifact: Artifact, inputs: NDArray[np.float32]) -> Logits:
+def _logits(session: Session, artifact: Artifact, inputs: NDArray[np.generic]) -> Logits:
     sidecar = artifact.sidecar
     outputs = session.run({sidecar.input.name: inputs})[sidecar.output.name]
     wanted = (len(inputs), *sidecar.output.shape[1:])

@@ -20,7 +20,7 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 ORDER = """
     errors mistakes progress runner
     types schema isolate
-    results backend profile training prune timm_entry
+    results backend profile training prune timm_entry pixels
     config store metrics serving
     environment recorded verify measure data models
     roofline

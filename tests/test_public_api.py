@@ -26,6 +26,7 @@ SIGNATURES = {
     "fofa_deploy.types.Artifact.of": "(out, main, *, backend, recipe, graph, layers, versions)",
     "fofa_deploy.types.Graph.load": "(folder)",
     "fofa_deploy.types.Preprocessing.apply": "(self, images)",
+    "fofa_deploy.types.Sidecar.prepare": "(self, images)",
     "fofa_deploy.types.Calibration.batches": "(self, size)",
     "fofa_deploy.backend.Session.run": "(self, feeds)",
     "fofa_deploy.backend.Backend.probe": "(self, profile)",
@@ -55,7 +56,7 @@ ERRORS = {
 TYPES = {
     "Artifact": "backend recipe graph_sha256 files layers versions sidecar folder",
     "Budget": "p90_ms size_bytes peak_rss_bytes throughput_sps",
-    "Calibration": "images preprocessing input_name statistics sensitivity",
+    "Calibration": "images sidecar statistics sensitivity",
     "Device": "kind name architecture features host python",
     "Execution": "threads batch_sizes spinning",
     "FileRecord": "path sha256 size_bytes",
@@ -65,7 +66,7 @@ TYPES = {
     "Preprocessing": "image_size channels mean std interpolation crop_fraction",
     "Probe": "can_build can_run reason versions",
     "Recipe": "name precision description needs_calibration observes family after dear options",
-    "Sidecar": "schema_version model input output preprocessing class_names",
+    "Sidecar": "schema_version model input output preprocessing class_names layout",
     "TensorSpec": "name shape dtype",
 }
 REPORT = {

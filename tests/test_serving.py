@@ -72,7 +72,7 @@ def test_preprocessing_is_that_of_training(tmp_path, channels, method, crop, bit
     file = tmp_path / "photo.png"
     shape, dtype = ((50, 41, 3), np.uint8) if bits == 8 else ((50, 41), np.uint16)
     Image.fromarray(np.random.default_rng(0).integers(0, 2**bits, shape, dtype)).save(file)
-    found = prepare(file, {"preprocessing": known.model_dump(mode="json")})
+    found = prepare(file, {"input": {"dtype": "float32"}, "preprocessing": known.model_dump(mode="json")})
     assert (found.shape, found.dtype) == ((1, channels, 16, 24), np.float32)
     np.testing.assert_allclose(found, expected_pixels(file, known), rtol=1e-4, atol=1e-5)
 

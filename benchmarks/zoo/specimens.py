@@ -123,8 +123,7 @@ def _profile(name: str) -> HardwareProfile:
 
 def _build(folder: Path, profile: HardwareProfile, recipe: Recipe, out: Path) -> Artifact:
     graph = Graph.load(folder)
-    images, sidecar = folder / "calibration" / "images.npy", graph.sidecar
-    calibration = Calibration(images=images, preprocessing=sidecar.preprocessing, input_name=sidecar.input.name)
+    calibration = Calibration(images=folder / "calibration" / "images.npy", sidecar=graph.sidecar)
     backend = get_backend(profile.runtime)
     return backend.build(graph, recipe, calibration if recipe.needs_calibration else None, out)
 

@@ -109,9 +109,9 @@ def _retype(node: onnx.NodeProto, code: int) -> None:
 
 
 def _cast_ends(graph: onnx.GraphProto, code: int) -> None:
-    """The caller keeps float32 at both ends."""
+    """The caller keeps float32 at both ends; pixels are cast by the graph itself."""
     first, last = [], []
-    for value in graph.input:
+    for value in (value for value in graph.input if value.type.tensor_type.elem_type == TensorProto.FLOAT):
         inner = f"{value.name}/typed"
         _rename(graph, value.name, inner)
         first.append(helper.make_node("Cast", [value.name], [inner], name=inner, to=code))

@@ -105,8 +105,9 @@ def measure_as_is(source: Source, as_is: AsIs, where: Places, progress: Progress
 
 def _check_options(source: Source, as_is: AsIs, where: Places) -> None:
     sources = (source.path, *source.others)
-    if source.recipe or source.out or source.images:
-        raise click.UsageError("--recipe, --out and --images go with what is built; these models are measured as they are")
+    if source.recipe or source.out or source.images or source.pixels:
+        told = "--recipe, --out, --images and --pixels"
+        raise click.UsageError(f"{told} go with what is built; these models are measured as they are")
     if source.profile and as_is.targets:
         raise click.UsageError("--profile and --target both say what a model runs on: give --target alone")
     if source.profile and any(path.suffix.lower() == ".onnx" for path in sources):

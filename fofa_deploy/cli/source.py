@@ -35,6 +35,7 @@ class Source:
     images: Path | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    pixels: bool
     others: tuple[Path, ...] = ()
     """Where a verb takes several."""
 
@@ -66,9 +67,10 @@ def source_options(command: Callable[..., Any], many: bool = False) -> Callable[
         images: Path | None,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        pixels: bool,
         **others: Any,  # noqa: ANN401 - the command's own options
     ) -> Any:  # noqa: ANN401
-        return command(Source(source[0], profile_name, recipe, out, images, mean, std, source[1:]), **others)
+        return command(Source(source[0], profile_name, recipe, out, images, mean, std, pixels, source[1:]), **others)
 
     decorators = (
         click.argument("source", nargs=-1 if many else 1, required=True, type=SOURCE, callback=_together),
@@ -78,6 +80,7 @@ def source_options(command: Callable[..., Any], many: bool = False) -> Callable[
         options.images,
         click.option("--mean", default="0.5", callback=_numbers, help="Of an ONNX file's input, when it has no sidecar."),
         click.option("--std", default="0.5", callback=_numbers, help="Of an ONNX file's input, when it has no sidecar."),
+        click.option("--pixels", is_flag=True, help="Have an ONNX file's artifacts take uint8 images (NHWC) and normalize them."),
     )
     for decorate in reversed(decorators):
         wrapped = decorate(wrapped)
@@ -99,8 +102,9 @@ def open_source(
         return
     from fofa_deploy.pipeline import reopened
 
-    if source.out or source.images:
-        raise click.UsageError(f"--out and --images go with an ONNX file; {source.path} is a run directory and has its own")
+    if source.out or source.images or source.pixels:
+        others = "--out, --images and --pixels"
+        raise click.UsageError(f"{others} go with an ONNX file; {source.path} is a run directory and has its own")
     with reopened(source.path, progress, stored=not build) as run:
         tuner = run.tuner(source.recipe, fresh=fresh, build=build, timed=timed)
         yield tuner, [find_profile(source.profile)] if source.profile else run.profiles
@@ -112,7 +116,7 @@ def _open_onnx(source: Source, progress: Progress, fresh: bool) -> Iterator[Tune
     from fofa_deploy.store import Store
 
     with Store(source.out or source.path.with_suffix(".fofa")) as store:
-        preparation = Preparation(mean=source.mean, std=source.std)
+        preparation = Preparation(mean=source.mean, std=source.std, pixels=source.pixels)
         yield adopt(store, source.path, source.images, preparation, progress, replace(plain_settings(source), fresh=fresh))
 
 

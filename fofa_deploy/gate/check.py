@@ -202,7 +202,7 @@ class Check:
 
     def _launch(self, target: _Target, launches: int) -> None:
         pair, done = target.pair, len(target.series.launches)
-        other = pair.baseline.runnable(pair.profile, pair.golden) if pair.baseline and not pair.same else None
+        other = pair.baseline.runnable(pair.profile, pair.baseline_golden) if pair.baseline and not pair.same else None
         own = pair.candidate.runnable(pair.profile, pair.golden)
         with self._progress.task(f"{pair.target}: launches", launches) as task:
             for launch in race(other, own, range(done, done + launches), self._limits):

@@ -207,13 +207,17 @@ def load_artifact(folder: Path) -> Artifact:
 
 @dataclass(frozen=True)
 class Pair:
-    """A target's two sides, under one profile, on the same inputs; alone where nothing is compared."""
+    """A target's two sides, under one profile, on the same inputs; alone where nothing is compared.
+
+    ``golden`` is the candidate's; ``baseline_golden`` is the same file where the baseline takes images of the same form.
+    """
 
     target: str
     candidate: Subject
     baseline: Subject | None
     profile: HardwareProfile
     golden: Path
+    baseline_golden: Path
 
     @property
     def same(self) -> bool:
@@ -237,16 +241,25 @@ def pair_up(candidate: Source, baseline: Source | None) -> tuple[list[Pair], lis
 
 def _pair(subject: Subject, other: Subject | None) -> Pair:
     profile = subject.profile or (other.profile if other else None)
-    golden = subject.golden or (other.golden if other else None)
+    alike = other is None or _form(other) == _form(subject)
+    golden = subject.golden or (other.golden if other and alike else None)
+    others = other.golden if other and not alike else golden
     if profile is None:
         raise DataError(
             f"{subject.artifact.folder} does not say which device it is for", "name its hardware profile with --profile"
         )
-    if golden is None:
+    if golden is None or others is None:
         action = "let one side be a run directory or a baseline: these bring inputs"
-        raise DataError(f"there is nothing to run {subject.artifact.folder} on", action)
+        lacking = subject if golden is None or other is None else other
+        raise DataError(f"there is nothing to run {lacking.artifact.folder} on", action)
     if subject.images is None and other is not None and other.images is not None:
         subject = replace(subject, images=other.images)
     elif other is not None and other.images is None and other.kept is None and subject.images is not None:
         other = replace(other, images=subject.images)
-    return Pair(profile.name, subject, other, profile, golden)
+    return Pair(profile.name, subject, other, profile, golden, others)
+
+
+def _form(subject: Subject) -> tuple[object, ...]:
+    """Of the arrays that an artifact takes."""
+    told = subject.artifact.sidecar.input
+    return told.shape, told.dtype

@@ -164,9 +164,11 @@ class Selector:
 
         def work(out: Path) -> None:
             data = workshop.seen_by(candidate.student)
-            capture(model, candidate.student.model, preprocessing(data.plan), data.class_names, data.validation, out)
+            told = candidate.student.model, preprocessing(data.plan), data.class_names, data.validation
+            capture(model, *told, out, plan.export.input)
 
-        folder = store.run("graph", {"student": candidate.student, "seed": plan.seed, "data": workshop.data.digest}, work)
+        made_of = {"student": candidate.student, "seed": plan.seed, "data": workshop.data.digest, **plan.export.inputs()}
+        folder = store.run("graph", made_of, work)
         measure = MeasurePlan(seconds=plan.select.seconds, max_seconds=4 * plan.select.seconds)
         settings = Settings(plan.accuracy, measure, plan.limits, plan.budget, plan.seed)
         evidence = Evidence(folder / "golden.npz")

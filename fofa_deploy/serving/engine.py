@@ -37,13 +37,13 @@ class Engine:
 
     def _shared(self, spec: dict[str, Any]) -> np.ndarray:
         """An array that the engine reads or writes."""
-        shape = (1, *spec["shape"][1:])
-        address = _value(cuda.cudaMallocManaged(4 * math.prod(shape), cuda.cudaMemAttachGlobal))
+        shape, dtype = (1, *spec["shape"][1:]), np.dtype(spec["dtype"])
+        address = _value(cuda.cudaMallocManaged(dtype.itemsize * math.prod(shape), cuda.cudaMemAttachGlobal))
         self._context.set_tensor_address(spec["name"], int(address))
-        return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(ctypes.c_float)), shape)
+        return np.ctypeslib.as_array(ctypes.cast(int(address), ctypes.POINTER(np.ctypeslib.as_ctypes_type(dtype))), shape)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """float32 (1,C,H,W) -> float32 (1,classes)"""
+        """An image as `preprocess.prepare` gives it -> float32 (1,classes)"""
         self._images[...] = image
         if not self._context.execute_async_v3(int(self._stream)):
             sys.exit("TensorRT failed while running")

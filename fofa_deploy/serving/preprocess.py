@@ -17,7 +17,7 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 
 
 def prepare(file: str | Path, sidecar: dict[str, Any]) -> np.ndarray:
-    """float32 (1,C,H,W) from an image file: fitted, cropped, scaled to 0..1, normalized per channel."""
+    """The model's input, one image: fitted, cropped, and, where the model takes no pixels, normalized per channel."""
     told = sidecar["preprocessing"]
     height, width = told["image_size"]
     image: Image.Image = Image.open(file)
@@ -26,6 +26,7 @@ def prepare(file: str | Path, sidecar: dict[str, Any]) -> np.ndarray:
     image = image.convert("L" if told["channels"] == 1 else "RGB")
     method = Image.Resampling[told["interpolation"].upper()]
     image = ImageOps.fit(image, (width, height), method, (1 - told["crop_fraction"]) / 2)
-    pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
-    normalized = (pixels - told["mean"]) / told["std"]
-    return np.ascontiguousarray(normalized.transpose(2, 0, 1)[None], np.float32)
+    pixels = np.asarray(image).reshape(1, height, width, -1)
+    if sidecar["input"]["dtype"] != "uint8":
+        pixels = ((pixels / np.float32(255) - told["mean"]) / told["std"]).astype(np.float32)
+    return np.ascontiguousarray(pixels if sidecar.get("layout") == "NHWC" else pixels.transpose(0, 3, 1, 2))

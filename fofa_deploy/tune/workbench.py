@@ -148,9 +148,7 @@ class Workbench:
             return None
         if self.calibration is None:
             raise DataError(f"recipe {recipe.name} needs calibration images", "give real images with --images")
-        sidecar = self.graph.sidecar
-        images = self.calibration / "images.npy"
-        found = Calibration(images=images, preprocessing=sidecar.preprocessing, input_name=sidecar.input.name)
+        found = Calibration(images=self.calibration / "images.npy", sidecar=self.graph.sidecar)
         for name in () if recipe.observes == "nothing" else OBSERVED:
             if name not in self.known:
                 self.known[name] = self._observed(name, found)

@@ -163,7 +163,7 @@ def test_the_student_computes_what_its_artifact_will(tmp_path, make):
     recipe = recipe.model_copy(update={"options": {**recipe.options, "bias_correction": False}})
     bits = 7 if recipe.options.get("seven_bit_weights") else 8
     (tmp_path / "out").mkdir()
-    calibration = Calibration(images=tmp_path / "images.npy", preprocessing=known, input_name=graph.sidecar.input.name)
+    calibration = Calibration(images=tmp_path / "images.npy", sidecar=graph.sidecar)
     artifact = backend.build(graph, recipe, calibration, tmp_path / "out")
     shown = data.validation.source.images(data.validation.indices)
     with backend.load(artifact, profile) as session:

@@ -93,11 +93,14 @@ def _export(model: nn.Module, path: Path) -> None:
         torch.onnx.export(model, (example,), path, dynamo=True, opset_version=18, dynamic_shapes=dynamic, **options)
 
 
-def write_sidecar(folder: Path, name: str) -> None:
+def sidecar(name: str) -> Sidecar:
     source, target = TensorSpec(name="images", shape=(None, 3, SIZE, SIZE)), TensorSpec(name="logits", shape=(None, CLASSES))
     names = tuple(f"class {index}" for index in range(CLASSES))
-    sidecar = Sidecar(model=name, input=source, output=target, preprocessing=PREPROCESSING, class_names=names)
-    (folder / "sidecar.json").write_text(sidecar.model_dump_json())
+    return Sidecar(model=name, input=source, output=target, preprocessing=PREPROCESSING, class_names=names)
+
+
+def write_sidecar(folder: Path, name: str) -> None:
+    (folder / "sidecar.json").write_text(sidecar(name).model_dump_json())
 
 
 def _capture(make: Callable[[], nn.Module], folder: Path) -> Captured:
@@ -105,7 +108,7 @@ def _capture(make: Callable[[], nn.Module], folder: Path) -> Captured:
     _export(model, folder / "model.onnx")
     write_sidecar(folder, folder.name)
     np.save(folder / "calibration.npy", images(64, 3))
-    calibration = Calibration(images=folder / "calibration.npy", preprocessing=PREPROCESSING, input_name="images")
+    calibration = Calibration(images=folder / "calibration.npy", sidecar=sidecar(folder.name))
     inputs = PREPROCESSING.apply(images(24, 4))
     with torch.no_grad():
         logits = model(torch.from_numpy(inputs)).numpy()

@@ -23,7 +23,7 @@ TARGETS = (*backend_names(), "cuda-onnxruntime")
 """Back ends, each on the first of its devices that is here, and the device whose recipes are others."""
 
 COSINE = {Precision.FP32: 0.999999, Precision.FP16: 0.9999, Precision.BF16: 0.999, Precision.INT8: 0.98}
-PEAKS = Peaks(gops={"fp32": 100, "int8": 400, "bf16": 200}, gbps=10, threads=1, measured_at="", fingerprint="")
+PEAKS = Peaks(gops={"fp32": 100, "int8": 400, "bf16": 200, "fp16": 200}, gbps=10, threads=1, measured_at="", fingerprint="")
 AGREEMENT = {Precision.FP32: 1.0, Precision.FP16: 0.98, Precision.BF16: 0.95, Precision.INT8: 0.85}
 
 

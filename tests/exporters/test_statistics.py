@@ -15,7 +15,7 @@ from fofa_exporters import _onnx
 from fofa_exporters._quantization import prepare, require_calibration
 from fofa_exporters._quantization.statistics import BINS, Statistics, observe
 
-from .conftest import PREPROCESSING, Captured, images
+from .conftest import Captured, images, sidecar
 
 INT8 = Recipe(name="int8", precision=Precision.INT8, description="any", needs_calibration=True)
 
@@ -92,7 +92,7 @@ def test_a_nan_activation_is_refused(prepared: onnx.ModelProto, captured: dict[s
 
 def _calibration(folder: Path, pixels: np.ndarray) -> Calibration:
     np.save(folder / "images.npy", pixels)
-    return Calibration(images=folder / "images.npy", preprocessing=PREPROCESSING, input_name="images")
+    return Calibration(images=folder / "images.npy", sidecar=sidecar("noise"))
 
 
 def test_calibration_is_required():

@@ -11,11 +11,13 @@ from xml.etree import ElementTree
 import pytest
 from tiny import build, run_cli, write_graph
 
+from fofa_deploy.config import load_plan
 from fofa_deploy.errors import DataError, UnavailableError, UserError
 from fofa_deploy.gate.check import Options, check
 from fofa_deploy.gate.launches import race
 from fofa_deploy.gate.verdicts import GateReport, Verdict
 from fofa_deploy.isolate import Child
+from fofa_deploy.pipeline import compress_and_export
 from fofa_deploy.progress import Quiet
 from fofa_deploy.types import Artifact
 
@@ -70,6 +72,16 @@ def test_wrong_preprocessing_fails_by_accuracy_although_the_file_is_the_same(bas
     assert accuracy.candidate < accuracy.baseline - 0.02
     assert accuracy.p_value < 0.035
     assert found(report, "top-1 against PyTorch").verdict is Verdict.FAIL
+
+
+def test_an_artifact_that_takes_pixels_is_held_to_one_of_normalized_images(baseline_run, copy):
+    """Each side is fed in its own form, of the same images."""
+    plan = load_plan(str(copy / "plan.json"), ["export.input=uint8-nhwc"])
+    compress_and_export(plan, copy, Quiet(), force=True)
+    assert Artifact.load(chosen(copy)).sidecar.input.dtype == "uint8"
+    report, _ = check(copy, baseline_run, Quiet(), Options(quick=True))
+    assert found(report, "top-1").reason.startswith("0 of ")
+    assert found(report, "latency").ratio > 0.0
 
 
 def test_budgets_hold_without_any_baseline(copy):

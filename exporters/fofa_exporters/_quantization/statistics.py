@@ -135,11 +135,12 @@ def exposed(model: onnx.ModelProto, names: Sequence[str]) -> Any:  # noqa: ANN40
 
 
 def _watched(model: onnx.ModelProto) -> list[str]:
-    """Float tensors that depend on the image, the input first."""
+    """Float tensors that depend on the image, the input first where it is one."""
     known = _onnx.constants(model.graph)
     computed = [name for node in model.graph.node for name in node.output if name and name not in known]
-    typed = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
-    return [*(v.name for v in model.graph.input), *(n for n in computed if typed.get(n) == onnx.TensorProto.FLOAT)]
+    values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    typed = {value.name: value.type.tensor_type.elem_type for value in values}
+    return [n for n in (*(v.name for v in model.graph.input), *computed) if typed.get(n) == onnx.TensorProto.FLOAT]
 
 
 def _channel_axis(operator: str) -> int:
