@@ -210,8 +210,7 @@ class Run:
     def _capture(self, stage: str, plan: ModelPlan, folder: Path) -> Path:
         def inputs() -> dict[str, object]:
             versions = environment.package_versions(("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"))
-            made_of = {**self._model_inputs(plan, folder), **self.plan.export.inputs()}
-            return {**made_of, "data": self.data.digest, "versions": versions}
+            return {**self._model_inputs(plan, folder), **self.plan.export.inputs(), "data": self.data.digest, "versions": versions}
 
         def work(out: Path) -> None:
             self.progress.say(f"capture {plan.model}")

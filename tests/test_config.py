@@ -137,7 +137,7 @@ def test_embedded_plans_load(name):
 
 def test_the_demo_distills_across_families():
     demo = load_plan("demo")
-    assert demo.distill.terms == ("kd", "fofa", "rsd")
+    assert demo.distill.terms == ("fofa", "rsd", "dist")
     assert set(demo.required) <= set(demo.targets)
 
 
