@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -174,22 +175,24 @@ def compare(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]
     lines, rates = recorded(), _rates(regime)
     for methods, seed in product((study.METHODS, (*study.LONGER, *study.ABLATIONS)), range(seeds)):
         for pair, method in product(study.PAIRS, methods):
-            length = _equal_compute(method, regime, pair, epochs) if method.longer else epochs
+            length = _equal_compute(method, regime, pair, epochs, seeds) if method.longer else epochs
             if length is not None:
                 choice = _tuned(method, regime, lines)
                 yield Training("compare", regime, pair, method, choice, seed, length, rates[pair.student])
 
 
-def _equal_compute(method: study.Method, regime: study.Regime, pair: study.Pair, epochs: int) -> int | None:
-    """Epochs that take the method as long as the default plan, by what both took with the first seed; None before that."""
-    seconds = {
-        line["method"]: line["seconds"]
-        for line in recorded()
-        if line["phase"] == "compare" and (line["regime"], line["pair"], line["seed"]) == (regime.name, pair.name, 0)
-    }
-    if not {method.tuned_as, study.DEFAULT} <= seconds.keys():
+def _equal_compute(method: study.Method, regime: study.Regime, pair: study.Pair, epochs: int, seeds: int) -> int | None:
+    """Epochs that take the method as long as the default plan; None until both have all their seeds.
+
+    Of each the shortest training counts: the others were disturbed.
+    """
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for line in recorded():
+        if line["phase"] == "compare" and (line["regime"], line["pair"]) == (regime.name, pair.name):
+            seconds[line["method"]].append(line["seconds"])
+    if min(len(seconds[method.tuned_as]), len(seconds[study.DEFAULT])) < seeds:
         return None
-    return round(epochs * max(1.0, seconds[study.DEFAULT] / seconds[method.tuned_as]))
+    return round(epochs * max(1.0, min(seconds[study.DEFAULT]) / min(seconds[method.tuned_as])))
 
 
 def _rates(regime: study.Regime) -> dict[str, float]:
