@@ -39,7 +39,7 @@ def test_where_nobody_fits_the_nearest_is_named_with_every_limit_it_missed():
     near, far = speed("near", 3.0, size_bytes=110), speed("far", 9.0)
     with pytest.raises(PlanError, match=r"nearest is near: p90_ms 3, the budget is 2 \(1.5x\); near: size_bytes 110") as caught:
         fitting([far, near], [Budget(p90_ms=2), Budget(size_bytes=100)])
-    assert "data.image_size" in caught.value.action
+    assert "select.image_sizes" in caught.value.action
 
 
 def test_one_without_the_figure_is_never_the_nearest():
