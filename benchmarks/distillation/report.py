@@ -43,7 +43,7 @@ def _teachers(lines: Iterable[dict]) -> list[str]:
 
 def _settings(lines: Sequence[dict], regime: str) -> list[str]:
     """What was tried on validation images before anything was compared."""
-    chosen = {method.name: {name for choice in method.choices for name in choice} for method in study.METHODS}
+    chosen = {method.name: {name for choice in method.choices for name in choice} for method in (*study.METHODS, *study.TRIED)}
     tried: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for line in lines:
         if line["phase"] == "rate":

@@ -165,7 +165,7 @@ def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
     """Every setting of every method, once per pair, on a quarter of the schedule."""
     rates = _rates(regime)
     for pair in study.PAIRS:
-        for method in study.METHODS:
+        for method in (*study.METHODS, *study.TRIED):
             for choice in range(len(method.choices) if len(method.choices) > 1 else 0):
                 yield Training("tune", regime, pair, method, choice, TUNING_SEED, max(1, epochs // 4), rates[pair.student])
 
