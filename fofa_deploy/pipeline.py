@@ -55,7 +55,7 @@ class Run:
     """
 
     def __init__(self, plan: RunPlan, store: Store, progress: Progress, stored: bool = False) -> None:
-        self.plan, self.store, self.progress, self._stored = plan, store, progress, stored
+        self.plan, self.store, self.progress, self._stored, self._lessons = plan, store, progress, stored, plan.distill
         self._made: dict[str, Path] = {}
         self.notices: list[str] = []
         self.selection: Selection | None = None
@@ -181,7 +181,7 @@ class Run:
         Raises:
             PlanError: there are no labels to train by.
         """
-        plan = self.plan
+        plan = self.plan.model_copy(update={"distill": self._lessons})  # which the plan of a ready teacher lacks
         if not plan.data.labelled:
             raise PlanError("images without labels train nothing", "give labelled data, or set qat.when = 'never'")
         taught_by = (plan.distill and plan.distill.terms and self.teacher) or (plan.student, self.student)

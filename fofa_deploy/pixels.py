@@ -25,6 +25,8 @@ Doubles = NDArray[np.float64]
 def take_pixels(model: onnx.ModelProto, sidecar: Sidecar) -> tuple[onnx.ModelProto, Sidecar]:
     """The same function of unnormalized pixels: a graph with an input ``pixels``, uint8 (B,H,W,C), and its sidecar.
 
+    A graph that has a tensor of that name already gets an input ``pixels_``.
+
     Args:
         model: of one float32 input (B,C,H,W), that of the sidecar; it is not changed.
 
@@ -36,29 +38,38 @@ def take_pixels(model: onnx.ModelProto, sidecar: Sidecar) -> tuple[onnx.ModelPro
         raise GraphError(problem, "leave it as it is: pixels are put in front of float32, NCHW alone")
     out = onnx.ModelProto()
     out.CopyFrom(model)
-    nodes = _front(out.graph, sidecar.input.name, sidecar.preprocessing)
+    name = _unused(INPUT, out.graph)
+    nodes = _front(out.graph, name, sidecar.input.name, sidecar.preprocessing)
     nodes.extend(out.graph.node)
     del out.graph.node[:]
     out.graph.node.extend(nodes)
     (value,) = (value for value in out.graph.input if value.name == sidecar.input.name)
     batch, channels, *sides = value.type.tensor_type.shape.dim
-    taken = helper.make_tensor_value_info(INPUT, TensorProto.UINT8, ["", "", "", ""])
+    taken = helper.make_tensor_value_info(name, TensorProto.UINT8, ["", "", "", ""])
     for dim, known in zip(taken.type.tensor_type.shape.dim, (batch, *sides, channels), strict=True):
         dim.CopyFrom(known)
     value.CopyFrom(taken)
     shape = tuple(sidecar.input.shape[place] for place in (0, 2, 3, 1))
-    spec = TensorSpec(name=INPUT, shape=shape, dtype="uint8")
+    spec = TensorSpec(name=name, shape=shape, dtype="uint8")
     return out, sidecar.model_copy(update={"input": spec, "layout": "NHWC"})
 
 
-def _front(graph: onnx.GraphProto, images: str, preprocessing: Preprocessing) -> list[onnx.NodeProto]:
-    """Nodes from `INPUT` to ``images``; what their reader can do is folded into it."""
+def _unused(name: str, graph: onnx.GraphProto) -> str:
+    """The name, lengthened until no tensor of the graph has it: a file of others may call its own input so."""
+    taken = {value.name for value in (*graph.input, *graph.initializer)} | {output for node in graph.node for output in node.output}
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _front(graph: onnx.GraphProto, pixels: str, images: str, preprocessing: Preprocessing) -> list[onnx.NodeProto]:
+    """Nodes from ``pixels`` to ``images``; what their reader can do is folded into it."""
     nodes = [
-        helper.make_node("Cast", [INPUT], [f"{INPUT}/float"], f"{INPUT}/cast", to=TensorProto.FLOAT),
-        helper.make_node("Transpose", [f"{INPUT}/float"], [f"{INPUT}/channels"], f"{INPUT}/transpose", perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", [pixels], [f"{pixels}/float"], f"{pixels}/cast", to=TensorProto.FLOAT),
+        helper.make_node("Transpose", [f"{pixels}/float"], [f"{pixels}/channels"], f"{pixels}/transpose", perm=[0, 3, 1, 2]),
     ]
     for operator, values in _left(graph, images, preprocessing):
-        name = f"{INPUT}/{operator.lower()}"
+        name = f"{pixels}/{operator.lower()}"
         # A row as wide as the image: ONNX Runtime may transpose last, and three numbers are dear to broadcast by themselves.
         rows = np.repeat(values.astype(np.float32).reshape(-1, 1, 1), preprocessing.image_size[1], axis=2)
         graph.initializer.append(numpy_helper.from_array(rows, f"{name}/constant"))

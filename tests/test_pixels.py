@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from tiny import weights, write_graph
@@ -161,6 +162,19 @@ def sidecar(**changes) -> Sidecar:
     known = PREPROCESSING.model_copy(update={"image_size": (4, 5)})
     plain = Sidecar(model="m", input=source, output=target, preprocessing=known, class_names=CLASSES)
     return plain.model_copy(update=changes)
+
+
+def test_a_graph_that_calls_its_own_input_pixels_keeps_its_answers(tmp_path):
+    plain = write_graph(tmp_path)
+    model, sidecar = onnx.load(plain.path), plain.sidecar
+    model.graph.input[0].name = model.graph.node[0].input[0] = "pixels"
+    named = sidecar.model_copy(update={"input": sidecar.input.model_copy(update={"name": "pixels"})})
+    taken, told = take_pixels(model, named)
+    onnx.checker.check_model(taken, full_check=True)
+    images = np.random.default_rng(0).integers(0, 256, (4, *sidecar.preprocessing.image_size, 1), np.uint8)
+    found = ReferenceEvaluator(taken).run(None, {told.input.name: images})[0]
+    expected = sidecar.preprocessing.apply(images.transpose(0, 3, 1, 2)).reshape(4, -1) @ weights()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])

@@ -26,7 +26,7 @@ _SPELLED = {
     "float": Precision.FP32, "float32": Precision.FP32, "float16": Precision.FP16, "bfloat16": Precision.BF16,
     "int8": Precision.INT8, "uint8": Precision.INT8,
 }  # fmt: skip
-_FLOATS = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+_IMAGES = frozenset({onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.UINT8})
 _SUFFIX = "_kernel_time"
 
 Event = Mapping[str, Any]
@@ -43,7 +43,7 @@ def blank(model: onnx.ModelProto) -> Feeds | None:
     for value in (value for value in model.graph.input if value.name not in weights):
         kind = value.type.tensor_type
         sides = [side.dim_value for side in kind.shape.dim]
-        if kind.elem_type not in _FLOATS or not all(side > 0 for side in sides[1:]):
+        if kind.elem_type not in _IMAGES or not all(side > 0 for side in sides[1:]):
             return None
         shape = [*(max(side, 1) for side in sides[:1]), *sides[1:]]
         feeds[value.name] = np.zeros(shape, helper.tensor_dtype_to_np_dtype(kind.elem_type))

@@ -136,6 +136,7 @@ def test_the_cpus_own_profile_proves_nothing_about_cuda(captured: dict[str, Capt
     [
         (onnx.TensorProto.FLOAT, ["batch", 3], (1, 3)),
         (onnx.TensorProto.FLOAT16, [4, 3], (4, 3)),
+        (onnx.TensorProto.UINT8, ["batch", 8, 8, 3], (1, 8, 8, 3)),
         (onnx.TensorProto.FLOAT, [], ()),
         (onnx.TensorProto.FLOAT, ["batch", "width"], None),
         (onnx.TensorProto.INT64, ["batch", 3], None),

@@ -3,6 +3,7 @@
 import pytest
 
 from fofa_deploy.config import load_plan
+from fofa_deploy.distill.job import read_curve
 from fofa_deploy.pipeline import compress_and_export, opened, reopened
 from fofa_deploy.progress import Quiet
 from fofa_deploy.types import Status
@@ -53,6 +54,14 @@ def test_a_run_directory_knows_it_by_itself(chosen):
     with reopened(out, Quiet(), stored=True) as run:
         assert run.plan.distill is None
         assert run.plan.student.model == report.teacher.model
+
+
+def test_it_is_trained_on_for_int8_as_the_plan_distills(chosen):
+    with opened(load_plan("demo", [*SMALL, "qat.epochs=1"]), chosen[0], Quiet(), force=True) as run:
+        assert run.selection.ready
+        (epoch,) = read_curve(run.retrained)
+    assert "dist" in epoch.losses, "the term of the default method that looks at logits"
+    assert epoch.step > 10, "512 images in batches of the plan's 32, not of 128"
 
 
 @pytest.mark.parametrize("more", ["budget.size_bytes=110000", "select.teacher=false"])
