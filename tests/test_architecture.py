@@ -49,6 +49,7 @@ RUNTIMES = {
     "onnxruntime": {"onnx", "onnxruntime"},
     "openvino": {"onnx", "openvino", "nncf"},
     "_typed": {"onnx"},
+    "_words": set(),
     "_kernels": {"onnx"},
     **{f"_quantization.{part}": {"onnx", "onnxruntime"} for part in PARTS.split()},
     "reference": {"onnx"},

@@ -41,6 +41,7 @@ from fofa_exporters._device import Products
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import SMOOTHING, grown
 from fofa_exporters._rewrite import flatten_scales
+from fofa_exporters._words import telling
 
 HINTS = {Precision.FP32: ov.Type.f32, Precision.BF16: ov.Type.bf16, Precision.FP16: ov.Type.f16}
 _PRECISIONS = {"f32": Precision.FP32, "bf16": Precision.BF16, "f16": Precision.FP16, "i8": Precision.INT8, "u8": Precision.INT8}
@@ -78,7 +79,9 @@ class OpenVinoSession:
             # The request reads the caller's arrays, and is done with them when it returns.
             results = self._requests[size].infer(dict(feeds), share_inputs=True)
         except RuntimeError as error:
-            raise BuildError(f"OpenVINO failed while running: {error}", "check the input's name, shape and type") from error
+            raise BuildError(
+                f"OpenVINO failed while running: {telling(error)}", "check the input's name, shape and type"
+            ) from error
         # The request owns its output memory and writes into it again on the next run.
         return {name: np.array(results[name]) for name in self._outputs}
 
@@ -121,7 +124,7 @@ class OpenVinoBackend:
             ov.save_model(model, main, compress_to_fp16=False)
             layers = layer_table(_compile(main, recipe, threads=None, batch=1))
         except (RuntimeError, BackendError) as error:
-            raise BuildError(f"OpenVINO cannot build {recipe.name}: {error}", "try another recipe") from error
+            raise BuildError(f"OpenVINO cannot build {recipe.name}: {telling(error)}", "try another recipe") from error
         return Artifact.of(out, main, backend=self.name, recipe=recipe, graph=graph, layers=layers, versions=versions())
 
     def load(self, artifact: Artifact, profile: HardwareProfile) -> OpenVinoSession:
@@ -131,7 +134,7 @@ class OpenVinoBackend:
                 lambda batch: _compile(artifact.path, recipe, _threads(profile), batch), profile.execution.batch_sizes
             )
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot load {artifact.path}: {error}", "build the artifact again") from error
+            raise BackendError(f"OpenVINO cannot load {artifact.path}: {telling(error)}", "build the artifact again") from error
 
     def describe_file(self, path: Path, profile: HardwareProfile) -> ModelFile:
         if path.suffix.lower() == ".onnx":
@@ -293,7 +296,7 @@ def _compile_file(path: Path, profile: HardwareProfile) -> Any:  # noqa: ANN401
         return _compile_on(profile.device.name, path, _threads(profile))
     except RuntimeError as error:
         lacking = "" if path.suffix != ".xml" or path.with_suffix(".bin").is_file() else f": there is no {path.stem}.bin beside it"
-        raise BackendError(f"OpenVINO cannot load {path}{lacking}: {error}", "convert it for this version") from error
+        raise BackendError(f"OpenVINO cannot load {path}{lacking}: {telling(error)}", "convert it for this version") from error
 
 
 def _threads(profile: HardwareProfile) -> int | None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import openvino as ov
 import pytest
 
@@ -54,6 +55,18 @@ def test_missing_device_is_refused(build: Callable[[str, str, str], Built]):
     assert "GPU.7" in probe.reason
     with pytest.raises(BackendError, match=r"GPU\.7"):
         built.backend.load(built.artifact, _on("GPU.7"))
+
+
+def test_a_refusal_says_what_is_refused_first(tmp_path: Path):
+    make = onnx.helper
+    float32 = onnx.TensorProto.FLOAT
+    images, pooled = (make.make_tensor_value_info(name, float32, [None, 1, 1, 1]) for name in ("images", "pooled"))
+    pool = make.make_node("AveragePool", ["images"], ["pooled"], kernel_shape=[2, 2], ceil_mode=1)
+    file = tmp_path / "model.onnx"
+    onnx.save(make.make_model(make.make_graph([pool], "g", [images], [pooled]), opset_imports=[make.make_opsetid("", 18)]), file)
+    with pytest.raises(BackendError) as caught:
+        get_backend("openvino").describe_file(file, _on("CPU"))
+    assert "AveragePool" in caught.value.message.partition("\n")[0]
 
 
 def test_artifact_is_ir_and_nothing_compiled(build: Callable[[str, str, str], Built]):
