@@ -223,6 +223,11 @@ class Recipe(Frozen):
         "a family of its own when empty",
     )
     after: str = Field(default="", description="a faster family; worth a try only where all of that missed the accuracy budget")
+    rest: Precision | None = Field(
+        default=None,
+        exclude_if=lambda rest: rest is None,
+        description="what layers in no less than float run in, where there is a choice; the recipes of the faster float are tried",
+    )
     dear: bool = Field(
         default=False,
         exclude_if=lambda dear: not dear,

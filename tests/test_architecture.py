@@ -47,6 +47,7 @@ RUNTIMES = {
     "_onnx": {"onnx", "onnxruntime"},
     "_rewrite": {"onnx"},
     "onnxruntime": {"onnx", "onnxruntime"},
+    "_nncf": {"nncf"},
     "openvino": {"onnx", "openvino", "nncf"},
     "_typed": {"onnx"},
     "_words": set(),

@@ -60,7 +60,8 @@ every layer is alive and each logit has mean 0 and variance 1 over 32 images (`l
 - **built**: built and the precision shown, on a machine without the device: nothing has run.
 - **int8**: built, the precision shown, and run; the percentage is how many of 64 images keep PyTorch's top-1 class, of the
   closest recipe. The weights are random: it tells rounding, not accuracy, and nothing here is rejected for it. Recipes that
-  leave the most sensitive layers in float are not tried: they are the others with fewer layers in int8.
+  leave the most sensitive layers in float, or all other layers in a shorter float than fp32, are not tried: their int8 is the
+  others'.
 
 Each recipe is built and run in a child process with limits on time and memory; one that crashes costs itself.
 """
@@ -161,7 +162,7 @@ class _Trial:
         """What the back ends offer and has not been done: target, offer and recipe, the cheapest first."""
         offers = {target: self._zoo.ask("offer", folder=str(self._graph), target=target) for target in TARGETS}
         everything = [(target, offered["probe"], recipe) for target, offered in offers.items() for recipe in offered["recipes"]]
-        whole = [told for told in everything if not told[2]["options"].get("float_share")]
+        whole = [told for told in everything if not told[2]["options"].get("float_share") and told[2].get("rest") in (None, "fp32")]
         done = {key for key, row in self.entry["rows"].items() if _settled(row)}
         left = [told for told in whole if told[2]["precision"] in self._precisions and _key(told[0], told[2]) not in done]
         return sorted(left, key=lambda told: PRECISIONS.index(told[2]["precision"]))

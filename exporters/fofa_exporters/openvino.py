@@ -6,10 +6,7 @@ hint, and it is read back after compiling; AUTO, which would pick a device silen
 
 from __future__ import annotations
 
-import io
-import os
-from collections.abc import Callable, Collection, Iterator, Sequence, Sized
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +35,7 @@ from fofa_deploy.types import (
 )
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
+from fofa_exporters._nncf import nncf_quantized
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import SMOOTHING, grown
 from fofa_exporters._rewrite import flatten_scales
@@ -175,15 +173,18 @@ FP32 = _float("fp32", Precision.FP32)
 
 
 def _int8(profile: HardwareProfile, transformer: bool, floats: Sequence[Recipe]) -> list[Recipe]:
-    """NNCF's presets and our own pairs, on top of the fastest float the device has; seven-bit weights where products saturate."""
-    rest = floats[0].precision if floats else Precision.FP32
+    """NNCF's presets and our own pairs, on top of each float of the device; seven-bit weights where products saturate.
+
+    Which float is faster is to be measured: a processor that multiplies bf16 without tiles may be slower in it than in fp32.
+    """
     exact = profile.device.kind != "cpu" or _device.products(profile) is Products.EXACT
-    plain = _nncf("int8-nncf-transformer" if transformer else "int8-nncf", rest, transformer=transformer)
-    pairs = grown([_pairs(rest, transformer, seven_bit_weights=not exact)], smoothing=SMOOTHING if transformer else 0.0)
-    if exact:
-        return [plain, *pairs]
-    safe = _nncf(f"{plain.name}-s7", rest, transformer=transformer, seven_bit_weights=True)
-    return [safe.model_copy(update={"family": plain.name}), plain.model_copy(update={"family": plain.name}), *pairs]
+    smoothing = SMOOTHING if transformer else 0.0
+    found: list[Recipe] = []
+    for rest in [recipe.precision for recipe in floats if recipe.precision in profile.precisions] or [Precision.FP32]:
+        safe = [] if exact else [_nncf(rest, transformer=transformer, seven_bit_weights=True)]
+        pairs = grown([_pairs(rest, transformer, seven_bit_weights=not exact)], smoothing=smoothing)
+        found += [*safe, _nncf(rest, transformer=transformer), *pairs]
+    return found
 
 
 def _pairs(rest: Precision, transformer: bool, *, seven_bit_weights: bool) -> Recipe:
@@ -191,24 +192,32 @@ def _pairs(rest: Precision, transformer: bool, *, seven_bit_weights: bool) -> Re
     options: dict[str, Scalar] = {"weighted_only": True, "float_outputs": True} if transformer else {}
     width = "seven" if seven_bit_weights else "eight"
     return Recipe(
-        name="int8-qdq-u8s7" if seven_bit_weights else "int8-qdq-u8s8",
+        name=_resting("int8-qdq-u8s7" if seven_bit_weights else "int8-qdq-u8s8", rest),
         precision=Precision.INT8,
         description=f"u8 activations, {width}-bit weights per channel, Q/DQ, rest {rest}",
         needs_calibration=True,
+        rest=rest,
         options={"method": "qdq", "inference_precision": str(rest), "seven_bit_weights": seven_bit_weights, **options},
     )
 
 
-def _nncf(name: str, rest: Precision, **options: bool) -> Recipe:
-    width = "seven-bit weights" if options.get("seven_bit_weights") else "eight-bit weights"
+def _nncf(rest: Precision, **options: bool) -> Recipe:
+    name = "int8-nncf-transformer" if options["transformer"] else "int8-nncf"
+    suffix, width = ("-s7", "seven") if options.get("seven_bit_weights") else ("", "eight")
     return Recipe(
-        name=name,
+        name=_resting(name + suffix, rest),
         precision=Precision.INT8,
-        description=f"NNCF post-training quantization, {width}, rest {rest}",
+        description=f"NNCF post-training quantization, {width}-bit weights, rest {rest}",
         needs_calibration=True,
+        family=_resting(name, rest),
         dear=True,
+        rest=rest,
         options={"inference_precision": str(rest), **options},
     )
+
+
+def _resting(name: str, rest: Precision) -> str:
+    return name if rest is Precision.FP32 else f"{name}-{rest}"
 
 
 def _on(recipe: Recipe, device: str) -> Recipe:
@@ -319,48 +328,7 @@ def _read(source: onnx.ModelProto, recipe: Recipe, calibration: Calibration | No
     model = _core().read_model(flatten_scales(source).SerializeToString())
     if pairs or recipe.precision is not Precision.INT8:
         return model
-    return _quantize(model, recipe, require_calibration(recipe, calibration))
-
-
-class Samples(Sized):
-    """Calibration images one by one, read again for each of NNCF's passes, never all in memory."""
-
-    def __init__(self, calibration: Calibration) -> None:
-        self._calibration = calibration
-        self._length = len(np.load(calibration.images, mmap_mode="r", allow_pickle=False))
-
-    def __iter__(self) -> Iterator[Feeds]:
-        return self._calibration.batches(1)
-
-    def __len__(self) -> int:
-        return self._length
-
-
-def _quantize(model: Any, recipe: Recipe, calibration: Calibration) -> Any:  # noqa: ANN401 - openvino is untyped
-    with _silent():
-        import nncf
-
-        samples = Samples(calibration)
-        every_weight = bool(recipe.options.get("seven_bit_weights"))
-        overflow = nncf.OverflowFix.ENABLE if every_weight else nncf.OverflowFix.FIRST_LAYER
-        try:
-            return nncf.quantize(
-                model,
-                nncf.Dataset(samples),
-                subset_size=len(samples),
-                model_type=nncf.ModelType.TRANSFORMER if recipe.options.get("transformer") else None,
-                advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow),
-            )
-        except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError) as error:
-            raise BuildError(f"NNCF refused the graph: {error}", "try another recipe") from error
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """NNCF without telemetry, log lines and progress bars."""
-    os.environ.setdefault("NNCF_CI", "1")  # the only switch NNCF has for its telemetry; read when it is imported
-    with _onnx.quiet(("", "nncf", "torch.utils.cpp_extension")), redirect_stdout(io.StringIO()):
-        yield
+    return nncf_quantized(model, recipe, require_calibration(recipe, calibration))
 
 
 # --- what really runs ---------------------------------------------------------------------------------------------

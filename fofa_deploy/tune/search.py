@@ -3,12 +3,14 @@
 Recipes of one family run the same kernels, so one of them tells the latency of all. One recipe of every family is built and
 timed in a short race; then the families are tried fastest first, each from its cheapest recipe to its most thorough one,
 until one is inside the budget. What is clearly slower than that is not tried: no result of it could be chosen. Families that
-are slower than another by construction wait until that one has lost too much accuracy.
+are slower than another by construction wait until that one has lost too much accuracy. Of recipes that differ in the float of
+their other layers, those whose float is the faster one here are tried: that is raced first.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +24,9 @@ from fofa_deploy.types import Artifact, HardwareProfile, Precision, Probe, Recip
 
 SLACK = 1.15
 """A family up to this factor slower in the short race is tried, too: the long race may see it otherwise."""
+
+WORTH = 1.05
+"""A shorter float has to be faster than fp32 by this factor: it rounds more."""
 
 SPEEDS = "speeds.json"
 
@@ -45,17 +50,25 @@ class Search:
 
     def rows(self, recipes: Sequence[Recipe]) -> list[TargetRow]:
         """One per recipe that was tried, and one per family that was not worth it."""
-        families: dict[str, list[Recipe]] = {}
-        for recipe in recipes:
-            families.setdefault(recipe.kin, []).append(recipe)
         if not self._bench.settings.build or len(recipes) == 1:
-            return [row for family in families.values() for row in self._tried(family)]
+            return [row for family in _families(recipes).values() for row in self._tried(family)]
+        families = _families(self._with_fastest_rest(recipes))
         first = {kin: family for kin, family in families.items() if family[0].after not in families}
-        speeds = self._speeds(self._race, first) if self._race and len(first) >= MANY else {}
+        speeds = self._speeds(self._race, first, "kinds of recipe") if self._race and len(first) >= MANY else {}
         rows = list(self._walked(first, speeds))
         for kin in first:
             rows += self._followers(kin, families, rows)
         return rows
+
+    def _with_fastest_rest(self, recipes: Sequence[Recipe]) -> list[Recipe]:
+        """Where no race can tell, the float that the back end names first."""
+        rests = list(dict.fromkeys(recipe.rest for recipe in recipes if recipe.rest))
+        if len(rests) > 1 and self._race:
+            floats = _families([recipe for recipe in recipes if recipe.precision in rests])
+            speeds = self._speeds(self._race, floats, "floats")
+            ms = {family[0].precision: speeds.get(kin, math.inf) for kin, family in floats.items()}
+            rests.sort(key=lambda rest: ms.get(rest, math.inf) * (1.0 if rest is Precision.FP32 else WORTH))
+        return [recipe for recipe in recipes if recipe.rest in (None, *rests[:1])]
 
     def _walked(self, families: dict[str, list[Recipe]], speeds: dict[str, float]) -> Iterator[TargetRow]:
         """Fastest first, as far as speeds are known; what is clearly slower than what has passed is left out."""
@@ -85,7 +98,7 @@ class Search:
                     break
         return found
 
-    def _speeds(self, race: Race, families: dict[str, list[Recipe]]) -> dict[str, float]:
+    def _speeds(self, race: Race, families: dict[str, list[Recipe]], who: str) -> dict[str, float]:
         """Least milliseconds by family, where it ran. Kept, as an aid for choosing and for nothing else: a run that is
         resumed takes the way that it has begun."""
         bench = self._bench
@@ -99,10 +112,11 @@ class Search:
         }
 
         def work(out: Path) -> None:
-            bench.progress.say(f"{self._profile.name}: a short race of {len(built)} kinds of recipe")
+            bench.progress.say(f"{self._profile.name}: a short race of {len(built)} {who}")
             (out / SPEEDS).write_text(json.dumps(dict(zip(built, race(list(built.values())), strict=True)), indent=1))
 
-        found = json.loads((bench.store.run(f"search/{bench.name}/{self._profile.name}", inputs, work) / SPEEDS).read_bytes())
+        stage = f"search/{bench.name}/{who.split()[0]}/{self._profile.name}"
+        found = json.loads((bench.store.run(stage, inputs, work) / SPEEDS).read_bytes())
         return {kin: speed for kin, speed in found.items() if speed is not None}
 
     def _first_built(self, family: Sequence[Recipe]) -> Artifact | None:
@@ -133,6 +147,13 @@ class Search:
 
     def _too_large(self, row: TargetRow) -> bool:
         return any(size_problem(row, budget) for budget in (self._profile.budget, self._bench.settings.budget))
+
+
+def _families(recipes: Sequence[Recipe]) -> dict[str, list[Recipe]]:
+    found: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        found.setdefault(recipe.kin, []).append(recipe)
+    return found
 
 
 def _always(family: Sequence[Recipe]) -> bool:

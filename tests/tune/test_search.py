@@ -147,6 +147,26 @@ def test_mixed_precision_waits_until_all_in_eight_bits_has_lost_too_much(store):
     assert not {"a-mixed50", "b-mixed50"} & set(bench.built), "the short race does without them"
 
 
+BF16 = Recipe(name="bf16", precision=Precision.BF16, description="half as long")
+RESTS = [recipe("a-bf16", rest=Precision.BF16), recipe("a", rest=Precision.FP32), recipe("c"), BF16, FP32]
+
+
+@pytest.mark.parametrize(
+    ("bf16", "tried", "left"), [(1.5, "a-bf16", "a"), (2.9, "a", "a-bf16"), (9.0, "a", "a-bf16")], ids=["faster", "even", "slower"]
+)
+def test_int8_rests_on_the_faster_float(store, bf16, tried, left):
+    bench = Bench(store, {"a", "a-bf16", "c", "bf16", "fp32"})
+    rows = found(bench, race_of(**{"a": 1.0, "a-bf16": 1.0, "c": 1.1, "bf16": bf16, "fp32": 3.0}), RESTS)
+    assert rows[tried] is rows["c"] is rows["fp32"] is Status.VERIFIED
+    assert left not in rows
+    assert left not in bench.built
+
+
+def test_int8_rests_on_what_the_back_end_names_first_where_nothing_can_tell(store):
+    assert "a-bf16" in found(Bench(store, {"a-bf16"}), None, RESTS)
+    assert "a" not in found(Bench(store, {"a-bf16"}), None, RESTS)
+
+
 def test_mixed_precision_ends_with_the_first_share_that_suffices(store):
     rows = found(Bench(store, {"a-mixed50", "fp32"}), race_of(a=1.0, b=9.0, fp32=5.0), MIXED)
     assert rows["a-mixed50"] is Status.VERIFIED
