@@ -16,14 +16,17 @@ import pytest
 from PIL import Image
 
 from fofa_deploy.cli import cli
-from fofa_deploy.config import load_plan
+from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan, load_plan
 from fofa_deploy.errors import PlanError
 from fofa_deploy.judge import failures
 from fofa_deploy.pipeline import compress_and_export
+from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.report import read_report
-from fofa_deploy.store import manifests
-from fofa_deploy.types import Artifact, Status
+from fofa_deploy.store import Store, manifests
+from fofa_deploy.tune import Evidence, Settings
+from fofa_deploy.tune.workbench import Workbench
+from fofa_deploy.types import Artifact, Budget, Graph, Status
 
 SMALL = (
     "threads=1",
@@ -190,6 +193,22 @@ def test_verify_names_an_altered_artifact_and_repairs_nothing(finished):
     assert path.name in found["reason"]
     assert path.read_bytes() == content[:-1] + b" "
     path.write_bytes(content)
+
+
+def test_the_same_file_with_other_options_is_verified_anew(finished, tmp_path):
+    """OpenVINO's IR is the same in fp32 and in bf16: the precision is told when it is compiled."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    artifact = Artifact.load(copy / "artifacts" / "cpu-openvino" / "fp32")
+    options = artifact.recipe.options | {"told": "later"}
+    other = artifact.model_copy(update={"recipe": artifact.recipe.model_copy(update={"options": options})})
+    settings = Settings(AccuracyPlan(), MeasurePlan(), LimitsPlan(), Budget(), seed=0)
+    with Store(copy) as store:
+        evidence, graph = Evidence(copy / "graph" / "golden.npz"), Graph.load(copy / "graph")
+        bench = Workbench(store, copy / "graph", evidence, None, settings, Quiet(), graph)
+        for one in (artifact, artifact, other):
+            bench.verify(find_profile("cpu-openvino"), one, "validation")
+        assert [stage.reused for stage in store.timings] == [False, True, False]
 
 
 def test_a_copied_run_is_verified_without_its_data(finished, tmp_path):

@@ -153,7 +153,7 @@ def tested(entry: Entry, work: Path, labelled: bool) -> Entry:
     if entry.folder is None:
         return entry
     run, profile = work / "run", next(iter(settings(entry).values()))
-    kept = work / "tested" / f"{digest([entry.sha256, entry.folder.name, run / 'expected'])[:24]}.json"
+    kept = work / "tested" / f"{digest([entry.sha256, entry.folder / 'artifact.json', run / 'expected'])[:24]}.json"
     if kept.is_file():
         return entry.model_copy(update={"tested": Comparison.model_validate_json(kept.read_bytes())})
     request = VerifyRequest(

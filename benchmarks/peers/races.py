@@ -26,7 +26,7 @@ def race(field: Field, target: str, work: Path, rounds: Rounds, again: bool, pro
     started = time.monotonic()
     earlier = {name: kept(work, name) for name in RUNTIMES} if target == ANY else {}
     starters = _finalists(field, earlier) if target == ANY else _of(field, RUNTIMES[target])
-    key = digest([target, rounds, {entry.key: entry.sha256 for entry in starters}])
+    key = digest([target, rounds, {entry.key: (entry.sha256, entry.description) for entry in starters}])
     found = kept(work, target)
     if found and found.key == key and not again:
         return found

@@ -104,7 +104,7 @@ class Search:
         bench = self._bench
         built = {kin: artifact for kin, family in families.items() if (artifact := self._first_built(family))}
         inputs = {
-            "artifacts": {kin: artifact.sha256 for kin, artifact in built.items()},
+            "artifacts": {kin: [artifact.sha256, artifact.recipe.options] for kin, artifact in built.items()},
             "profile": self._profile,
             "lines": bench.settings.lines(self._profile)[0],
             "figure": "least milliseconds",

@@ -193,6 +193,7 @@ class Workbench:
         )
         inputs = {
             "artifact": artifact.sha256,
+            "options": artifact.recipe.options,  # the same file runs otherwise in another precision
             "profile": profile,
             "golden": golden,
             "images": images,

@@ -41,7 +41,7 @@ class Bench:
         if recipe.name in self.broken:
             raise BuildError("refused", "try another")
         self.built.append(recipe.name)
-        return SimpleNamespace(sha256=recipe.name)
+        return SimpleNamespace(sha256=recipe.name, recipe=recipe)
 
     def attempt(self, profile, recipe, probe):
         if recipe.name in self.broken:
