@@ -173,12 +173,16 @@ INT8 = Recipe(
 # --- the typed graph ----------------------------------------------------------------------------------------------
 
 
+_WIDE = {Precision.BF16: {**_typed.FLOAT32_INPUTS, "HardSwish": (0,)}}
+"""What TensorRT's parser does not take in a half precision: it stays in float32 between casts."""
+
+
 def _as_it_is(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
     return model
 
 
 def _narrow(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:
-    return _typed.typed(model, recipe.precision)
+    return _typed.typed(model, recipe.precision, _WIDE.get(recipe.precision, _typed.FLOAT32_INPUTS))
 
 
 def _integer(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:

@@ -50,6 +50,21 @@ def test_bf16_is_bf16(build: Callable[[str, str, str], Built]):
     assert {layer.precision for layer in weighted} == {Precision.BF16}
 
 
+def test_an_activation_without_bf16_works_between_casts():
+    trt = pytest.importorskip("tensorrt_rtx")
+    make, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    images, shown = (make.make_tensor_value_info(name, float32, ["N", 8, 8, 8]) for name in ("images", "shown"))
+    weights = onnx.numpy_helper.from_array(np.ones((8, 8, 1, 1), np.float32), "weights")
+    nodes = [
+        make.make_node("Conv", ["images", "weights"], ["maps"], "conv"),
+        make.make_node("HardSwish", ["maps"], ["shown"], "act"),
+    ]
+    graph = make.make_graph(nodes, "g", [images], [shown], [weights])
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)])
+    _, layers = tensorrt._build_engine(trt, tensorrt._narrow(model, tensorrt.BF16, None), 1)
+    assert {layer.precision for layer in layers if layer.weighted} == {Precision.BF16}
+
+
 def test_attention_stays_float(build: Callable[[str, str, str], Built]):
     layers = build(NAME, "vit", INT8).artifact.layers
     products = [layer for layer in layers if layer.operator == "MATRIX_MULTIPLY" and not layer.weighted]
