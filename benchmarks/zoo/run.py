@@ -59,9 +59,8 @@ every layer is alive and each logit has mean 0 and variance 1 over 32 images (`l
   batches of 1, 2 and 8 (fp32 1e-3, fp16 5e-2, bf16 2e-1).
 - **built**: built and the precision shown, on a machine without the device: nothing has run.
 - **int8**: built, the precision shown, and run; the percentage is how many of 64 images keep PyTorch's top-1 class, of the
-  closest recipe. The weights are random: it tells rounding, not accuracy, and nothing here is rejected for it. Recipes that
-  leave the most sensitive layers in float, or all other layers in a shorter float than fp32, are not tried: their int8 is the
-  others'.
+  closest recipe. The weights are random: it tells rounding, not accuracy, and nothing here is rejected for it. Of recipes that
+  run the same kernels the first is tried, min-max ranges without learned rounding; those that leave layers in float are not.
 
 Each recipe is built and run in a child process with limits on time and memory; one that crashes costs itself.
 """
@@ -162,7 +161,7 @@ class _Trial:
         """What the back ends offer and has not been done: target, offer and recipe, the cheapest first."""
         offers = {target: self._zoo.ask("offer", folder=str(self._graph), target=target) for target in TARGETS}
         everything = [(target, offered["probe"], recipe) for target, offered in offers.items() for recipe in offered["recipes"]]
-        whole = [told for told in everything if not told[2]["options"].get("float_share") and told[2].get("rest") in (None, "fp32")]
+        whole = [told for told in everything if _speaks_for_itself(told[2])]
         done = {key for key, row in self.entry["rows"].items() if _settled(row)}
         left = [told for told in whole if told[2]["precision"] in self._precisions and _key(told[0], told[2]) not in done]
         return sorted(left, key=lambda told: PRECISIONS.index(told[2]["precision"]))
@@ -175,6 +174,12 @@ class _Trial:
             row = {"status": Status.FAILED, "reason": _first_line(error)}
         self.entry["rows"][_key(target, recipe)] = _kept(row, target, recipe)
         return f"{_key(target, recipe)}: {row['status']} {row['reason']}"
+
+
+def _speaks_for_itself(recipe: dict) -> bool:
+    """Others run the same kernels with other numbers, or fewer layers in int8, or the layers that are not in another float."""
+    first, whole = recipe["family"] in ("", recipe["name"]), not recipe["options"].get("float_share")
+    return first and whole and recipe.get("rest") in (None, Precision.FP32)
 
 
 def _settled(row: dict) -> bool:
