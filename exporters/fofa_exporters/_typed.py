@@ -20,7 +20,7 @@ Places = Mapping[str, tuple[int, ...]]
 FLOAT32_INPUTS: Places = {"Resize": (1, 2)}
 """Inputs that the ONNX standard wants in float32 whatever the rest is in."""
 
-_SMALLEST_SCALE = 2.0**-20
+SMALLEST_SCALE = 2.0**-20
 """Of a Q/DQ pair in fp16: below it four bits or more of the scale are lost."""
 
 
@@ -56,7 +56,7 @@ def typed(model: onnx.ModelProto, precision: Precision, float32: Places = FLOAT3
 def _check_scales(graph: onnx.GraphProto) -> None:
     scales = {node.input[1] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")}
     for tensor in graph.initializer:
-        if tensor.name in scales and numpy_helper.to_array(tensor).min() < _SMALLEST_SCALE:
+        if tensor.name in scales and numpy_helper.to_array(tensor).min() < SMALLEST_SCALE:
             raise BuildError(f"{tensor.name} quantizes by steps that fp16 cannot hold", "take a recipe whose rest is fp32")
 
 

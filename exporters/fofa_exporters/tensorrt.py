@@ -73,9 +73,9 @@ class _Family:
         if self._builds_there(profile):
             batch["on_device"] = True
         rest = Precision.FP16 if Precision.FP16 in profile.precisions else Precision.FP32
-        int8 = INT8.model_copy(
-            update={"options": {**INT8.options, "rest": rest}, "description": f"{INT8.description}, rest {rest}"}
-        )
+        held = {"smallest_scale": _typed.SMALLEST_SCALE} if rest is Precision.FP16 else {}
+        options = {**INT8.options, "rest": rest, **held}
+        int8 = INT8.model_copy(update={"options": options, "description": f"{INT8.description}, rest {rest}"})
         offered = [recipe for recipe in (FP16, BF16, *grown([int8]), FP32) if recipe.precision in profile.precisions]
         return [recipe.model_copy(update={"options": {**recipe.options, **batch}}) for recipe in offered]
 

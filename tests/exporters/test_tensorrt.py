@@ -17,7 +17,7 @@ from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, BuildError, IntegrityError
 from fofa_deploy.profile import find_profile
 from fofa_deploy.types import Artifact, Precision
-from fofa_exporters import _device, tensorrt
+from fofa_exporters import _device, _typed, tensorrt
 
 from .conftest import Built, Captured, profile_for, recipe_named
 
@@ -48,6 +48,22 @@ def test_int8_has_quantize_and_dequantize_layers(kind: str, build: Callable[[str
 def test_bf16_is_bf16(build: Callable[[str, str, str], Built]):
     weighted = [layer for layer in build(NAME, "vit", "bf16").artifact.layers if layer.weighted]
     assert {layer.precision for layer in weighted} == {Precision.BF16}
+
+
+def test_nearly_dead_channels_are_quantized_by_steps_that_fp16_holds(captured: dict[str, Captured]):
+    subject, profile = captured["cnn"], profile_for(NAME)
+    recipe = recipe_named(get_backend(NAME), profile, subject.graph, INT8)
+    model = onnx.load(subject.graph.path)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    kernel = next(weights[node.input[1]] for node in model.graph.node if node.op_type == "Conv")
+    values = onnx.numpy_helper.to_array(kernel).copy()
+    values[0] *= 1e-8
+    kernel.CopyFrom(onnx.numpy_helper.from_array(values, kernel.name))
+    written = tensorrt._integer(model, recipe, subject.calibration)
+    quantized = {node.input[1] for node in written.graph.node if node.op_type == "DequantizeLinear"}
+    scales = [onnx.numpy_helper.to_array(tensor) for tensor in written.graph.initializer if tensor.name in quantized]
+    assert {scale.dtype for scale in scales} == {np.dtype(np.float16)}
+    assert min(scale.min() for scale in scales) >= _typed.SMALLEST_SCALE
 
 
 def test_an_activation_without_bf16_works_between_casts():

@@ -31,6 +31,8 @@ class Scheme:
     """The most sensitive layers stay in float: those that together carry this share of the squared error of the logits."""
     smoothing: float = 0.0
     """How much of the activations' spread over channels moves into the weights behind a LayerNorm; 0.5 is usual, 0 none."""
+    smallest_scale: float = 0.0
+    """Smaller steps become this one: what is so close to zero may round to it, where a short float could not hold its step."""
     learned_rounding: bool = False
     bias_correction: bool = True
 

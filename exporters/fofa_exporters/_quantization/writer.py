@@ -56,6 +56,7 @@ def _write(prepared: onnx.ModelProto, statistics: Statistics, scheme: Scheme, in
     options = {
         "ActivationSymmetric": scheme.signed_activations,
         "WeightSymmetric": True,
+        "MinimumRealRange": scheme.smallest_scale * 256 or None,
         "QuantizeBias": scheme.quantize_bias,
         "OpTypesToExcludeOutputQuantization": list(_onnx.WEIGHTED) if scheme.float_outputs else [],
     }
