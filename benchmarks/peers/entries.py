@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from peers import NotBuiltError, Peer, build
+from peers import BUILD_SECONDS, NotBuiltError, Peer, build
 
 from fofa_deploy.config import LimitsPlan
 from fofa_deploy.errors import FofaError
@@ -139,8 +139,10 @@ def built(peer: Peer, work: Path, environments: Path) -> Entry:
     )
     try:
         artifact, took = build(peer, work / "job" / "job.json", (work / "peers" / peer.name).absolute(), environments)
-    except (NotBuiltError, subprocess.TimeoutExpired) as error:
+    except NotBuiltError as error:
         return entry.model_copy(update={"failure": str(error)})
+    except subprocess.TimeoutExpired:
+        return entry.model_copy(update={"failure": f"took longer than {BUILD_SECONDS} s"})
     facts = {"folder": artifact.folder, "sha256": artifact.sha256, "size_bytes": artifact.size_bytes}
     return entry.model_copy(update={**facts, "build_seconds": took["seconds"], "versions": took["versions"]})
 
