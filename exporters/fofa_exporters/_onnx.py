@@ -19,7 +19,8 @@ DOMAINS = frozenset({"", "ai.onnx"})
 CONTRIBUTED = DOMAINS | {"com.microsoft"}
 """With the operators that ONNX Runtime's own optimizer and quantizer write."""
 BLOBS = frozenset({"EPContext", "Snpe"})
-WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+WEIGHTED = CONVOLUTIONS | {"Gemm", "MatMul"}
 _EXPORT_AGAIN = "capture the model again as one standard ONNX file; custom operators and external data are not taken"
 
 
@@ -145,6 +146,12 @@ def is_transformer(model: onnx.ModelProto) -> bool:
         node.op_type in {"Attention", "LayerNormalization"} or (node.op_type == "MatMul" and not known.intersection(node.input))
         for node in model.graph.node
     )
+
+
+def is_convolutional(model: onnx.ModelProto) -> bool:
+    """Whether most of its layers with weights are convolutions, as in hybrids that also attend."""
+    layers = weighted(model)
+    return 2 * sum(node.op_type in CONVOLUTIONS for node in layers) > len(layers)
 
 
 # --- silence ---------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class OnnxRuntimeBackend:
 
     def recipes(self, profile: HardwareProfile, graph: Graph) -> Sequence[Recipe]:
         options = _bound_to(profile)
-        offered = CUDA if profile.device.kind == "gpu" else [*_int8(profile, _onnx.is_transformer(_onnx.read(graph))), FP32]
+        offered = CUDA if profile.device.kind == "gpu" else [*_int8(profile, _onnx.read(graph)), FP32]
         return [
             recipe.model_copy(update={"options": {**options, **recipe.options}})
             for recipe in offered
@@ -188,19 +188,23 @@ _STATIC = {
 }
 
 
-def _int8(profile: HardwareProfile, transformer: bool) -> list[Recipe]:
+def _int8(profile: HardwareProfile, model: onnx.ModelProto) -> list[Recipe]:
     """A transformer quantizes the operands of its constant products only, and may find activation ranges while it runs."""
     saturating = _device.products(profile) is not Products.EXACT
     static = _STATIC[_device.products(profile)]
-    if not transformer:
+    if not _onnx.is_transformer(model):
         return grown(static)
-    dynamic = _seven_bit(DYNAMIC) if saturating else DYNAMIC
-    return [dynamic, *grown(map(_weighted_only, static), smoothing=SMOOTHING)]
+    mostly_conv = _onnx.is_convolutional(model)
+    products = grown([_weighted_only(recipe, mostly_conv) for recipe in static], smoothing=SMOOTHING)
+    if mostly_conv:
+        return products
+    return [_seven_bit(DYNAMIC) if saturating else DYNAMIC, *products]
 
 
-def _weighted_only(recipe: Recipe) -> Recipe:
-    # A float output lets the runtime fuse dequantizing into the product instead of rounding between two floats.
-    options = {**recipe.options, "weighted_only": True, "float_outputs": True}
+def _weighted_only(recipe: Recipe, conv_outputs: bool) -> Recipe:
+    # A float output lets the runtime fuse dequantizing into the product instead of rounding between two floats. It has no
+    # convolution like that: where they are most of the layers, their outputs are rounded, or they would all stay in float.
+    options = {**recipe.options, "weighted_only": True, "float_outputs": True, "conv_outputs": conv_outputs}
     return recipe.model_copy(update={"name": f"{recipe.name}-weighted-only", "options": options})
 
 

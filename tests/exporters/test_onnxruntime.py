@@ -12,11 +12,11 @@ import pytest
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, BuildError
-from fofa_deploy.types import Device, HardwareProfile, Precision
+from fofa_deploy.types import Device, Graph, HardwareProfile, Precision
 from fofa_exporters import _device, onnxruntime
 from fofa_exporters._device import Products
 
-from .conftest import Built, Captured, profile_for, run_in_batches
+from .conftest import CLASSES, SIZE, Built, Captured, profile_for, run_in_batches, write_sidecar
 
 STATIC = "int8-u8s8-per-channel"
 
@@ -29,6 +29,41 @@ def _names(profile: HardwareProfile, captured: Captured) -> list[str]:
     """The first of every family without layers in float."""
     recipes = get_backend("onnxruntime").recipes(profile, captured.graph)
     return [recipe.name for recipe in recipes if recipe.name == recipe.kin and not recipe.options.get("float_share")]
+
+
+def _hybrid(folder: Path) -> Graph:
+    """Three convolutions with an activation that is not fused into them, then attention without weights, and a classifier."""
+    make, rng = onnx.helper, np.random.default_rng(0)
+    shapes = {"w0": (16, 3, 4, 4), "w1": (16, 16, 1, 1), "w2": (16, 16, 1, 1), "head": (16, CLASSES)}
+    values = {name: rng.normal(0, np.prod(shape[1:]) ** -0.5, shape) for name, shape in shapes.items()}
+    maps = [("images", "w0", "a", 4), ("a/on", "w1", "b", 1), ("b/on", "w2", "c", 1)]
+    nodes = [make.make_node("Conv", [x, w], [y], f"conv {y}", strides=[step, step]) for x, w, y, step in maps]
+    nodes += [make.make_node("HardSwish", [y], [f"{y}/on"], f"act {y}") for _, _, y, _ in maps]
+    nodes += [
+        make.make_node("Reshape", ["c/on", "rows"], ["flat"]),
+        make.make_node("Transpose", ["flat"], ["tokens"], perm=[0, 2, 1]),
+        make.make_node("MatMul", ["flat", "tokens"], ["affinity"], "attention"),
+        make.make_node("ReduceMean", ["affinity", "last"], ["pooled"], keepdims=0),
+        make.make_node("MatMul", ["pooled", "head"], ["logits"], "classifier"),
+    ]
+    nodes = [nodes[place] for place in (0, 3, 1, 4, 2, 5, 6, 7, 8, 9, 10)]
+    tensors = [onnx.numpy_helper.from_array(value.astype(np.float32), name) for name, value in values.items()]
+    tensors += [onnx.numpy_helper.from_array(np.array(value), name) for name, value in {"last": [2], "rows": [0, 16, -1]}.items()]
+    images = make.make_tensor_value_info("images", onnx.TensorProto.FLOAT, ["N", 3, SIZE, SIZE])
+    logits = make.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["N", CLASSES])
+    model = make.make_model(make.make_graph(nodes, "g", [images], [logits], tensors), opset_imports=[make.make_opsetid("", 18)])
+    onnx.save(model, folder / "model.onnx")
+    write_sidecar(folder, "hybrid")
+    return Graph.load(folder)
+
+
+def test_a_network_of_convolutions_that_attends_runs_them_in_int8(captured: dict[str, Captured], tmp_path: Path):
+    (tmp_path / "graph").mkdir()
+    backend, graph, profile = get_backend("onnxruntime"), _hybrid(tmp_path / "graph"), profile_for("onnxruntime")
+    recipe = next(recipe for recipe in backend.recipes(profile, graph) if recipe.precision is Precision.INT8)
+    assert recipe.options["weighted_only"]
+    artifact = backend.build(graph, recipe, captured["cnn"].calibration, tmp_path)
+    assert Counter(layer.precision for layer in artifact.layers if layer.weighted) == {Precision.INT8: 4}
 
 
 def test_missing_provider_is_refused(build: Callable[[str, str, str], Built]):

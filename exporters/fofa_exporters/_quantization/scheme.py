@@ -25,6 +25,8 @@ class Scheme:
     """Leave everything but convolutions and matrix products with constant weights alone."""
     float_outputs: bool = False
     """Leave the outputs of products in float, so that a runtime can fuse dequantizing into them."""
+    conv_outputs: bool = False
+    """Those of convolutions not: for a runtime that has none from int8 to float."""
     quantize_bias: bool = True
     ranges: Method | Literal["best"] = "min-max"
     float_share: float = 0.0

@@ -58,7 +58,7 @@ def _write(prepared: onnx.ModelProto, statistics: Statistics, scheme: Scheme, in
         "WeightSymmetric": True,
         "MinimumRealRange": scheme.smallest_scale * 256 or None,
         "QuantizeBias": scheme.quantize_bias,
-        "OpTypesToExcludeOutputQuantization": list(_onnx.WEIGHTED) if scheme.float_outputs else [],
+        "OpTypesToExcludeOutputQuantization": _float_outputs(scheme),
     }
     with TemporaryDirectory() as scratch, _onnx.quiet():
         quantizer = QDQQuantizer(
@@ -77,3 +77,9 @@ def _write(prepared: onnx.ModelProto, statistics: Statistics, scheme: Scheme, in
         path = Path(scratch) / "written.onnx"
         quantizer.model.save_model_to_file(path, False)
         return onnx.load(path)
+
+
+def _float_outputs(scheme: Scheme) -> list[str]:
+    if not scheme.float_outputs:
+        return []
+    return [operator for operator in _onnx.WEIGHTED if not (scheme.conv_outputs and operator in _onnx.CONVOLUTIONS)]
