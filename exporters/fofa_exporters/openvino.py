@@ -179,8 +179,11 @@ def _int8(profile: HardwareProfile, transformer: bool, floats: Sequence[Recipe])
     """
     exact = profile.device.kind != "cpu" or _device.products(profile) is Products.EXACT
     smoothing = SMOOTHING if transformer else 0.0
+    rests = [recipe.precision for recipe in floats if recipe.precision in profile.precisions] or [Precision.FP32]
+    if profile.device.kind == "cpu" and Precision.FP16 in rests:
+        rests.remove(Precision.FP16)  # OpenVINO 2026.4 refuses attention that NNCF has quantized where a CPU's rest is in fp16
     found: list[Recipe] = []
-    for rest in [recipe.precision for recipe in floats if recipe.precision in profile.precisions] or [Precision.FP32]:
+    for rest in rests or [Precision.FP32]:
         safe = [] if exact else [_nncf(rest, transformer=transformer, seven_bit_weights=True)]
         pairs = grown([_pairs(rest, transformer, seven_bit_weights=not exact)], smoothing=smoothing)
         found += [*safe, _nncf(rest, transformer=transformer), *pairs]
