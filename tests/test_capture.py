@@ -1,4 +1,4 @@
-"""Capturing: what the first exporter cannot write goes to the second, with the same checks; what branches on data, to none."""
+"""Capturing: what the first exporter cannot write, or writes wrong, goes to the second; what branches on data, to none."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fofa_deploy.capture import capture
+from fofa_deploy.capture import EXPORTERS, capture
 from fofa_deploy.config import DataPlan
 from fofa_deploy.data import Split
 from fofa_deploy.data.sources import ArraySource
@@ -56,6 +56,20 @@ class Moody(nn.Module):
         return logits if images.mean() > 0 else -logits
 
 
+class Clamped(nn.Module):
+    """One tensor between two pairs of bounds, each of tensors: the exporter gives both pairs the same names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3 * SIDE * SIDE, 3)
+        for name, value in {"low": -1.0, "high": 1.0, "lower": -0.5, "higher": 0.25}.items():
+            self.register_buffer(name, torch.tensor(value))
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = 2 * images.flatten(1)
+        return self.head(pixels.clamp(self.low, self.high) - pixels.clamp(self.lower, self.higher))
+
+
 def _capture(model: nn.Module, folder: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, SIDE, SIDE, 3), np.uint8)
     source = ArraySource(pixels, np.zeros(16, np.int64), ("a", "b", "c"), DataPlan(name="images", image_size=SIDE), "noise")
@@ -91,3 +105,26 @@ def test_an_ordinary_model_is_exported_by_torch_export_without_a_notice(tmp_path
     assert _exporter(tmp_path) == "torch.export"
     assert read_notices(tmp_path) == ()
     check_graph(GraphCheck(folder=tmp_path, profile=find_profile("cpu-onnxruntime")))
+
+
+def test_bounds_of_one_tensor_keep_their_values(tmp_path):
+    torch.manual_seed(0)
+    _capture(Clamped(), tmp_path)
+    assert _exporter(tmp_path) == "torch.export"
+    found = check_graph(GraphCheck(folder=tmp_path, profile=find_profile("cpu-onnxruntime")))
+    assert found.relative_error < 1e-5
+
+
+def test_an_invalid_graph_is_a_refusal(tmp_path, monkeypatch):
+    export = EXPORTERS["torch.export"]
+
+    def without_weights(model: nn.Module, example: Tensor) -> onnx.ModelProto:
+        proto = export(model, example)
+        del proto.graph.initializer[:]
+        return proto
+
+    monkeypatch.setitem(EXPORTERS, "torch.export", without_weights)
+    _capture(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 3)), tmp_path)
+    assert _exporter(tmp_path) == "TorchScript"
+    (notice,) = read_notices(tmp_path)
+    assert "torch.export: Nodes in a graph must be topologically sorted" in notice
