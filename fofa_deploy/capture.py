@@ -30,8 +30,11 @@ GOLDEN = 16
 
 OPSET = 18
 
-FAULTS = (torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError)
-"""What exporters raise, and what a forward() may raise that is given symbols for numbers."""
+FAULTS = (
+    *(torch._dynamo.exc.TorchDynamoException, onnx.checker.ValidationError),
+    *(RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError),
+)
+"""What exporters raise, what their graphs are refused for, and what a forward() may raise that is given symbols for numbers."""
 
 
 def capture(
@@ -72,8 +75,8 @@ def capture(
     exporter, proto = _export(model, inputs, folder, name)
     if form == "uint8-nhwc":
         proto, sidecar = take_pixels(proto, sidecar)
+        onnx.checker.check_model(proto)
     onnx.helper.set_model_props(proto, {"fofa_deploy.sidecar": sidecar.model_dump_json(), "fofa_deploy.exporter": exporter})
-    onnx.checker.check_model(proto)
     onnx.save(proto, folder / "model.onnx")
     (folder / "sidecar.json").write_text(sidecar.model_dump_json(indent=1))
     np.savez(folder / "golden.npz", images=sidecar.prepare(pixels), logits=outputs.numpy())
@@ -88,7 +91,7 @@ def _check_output(outputs: object, classes: int, name: str) -> None:
 
 
 def _export(model: nn.Module, inputs: np.ndarray, folder: Path, name: str) -> tuple[str, onnx.ModelProto]:
-    """The graph by the first exporter that takes the model, and its name; a notice in ``folder`` where that is not the first."""
+    """The valid graph by the first exporter that writes one, and its name; a notice in ``folder`` where that is not the first."""
     # A batch of one would be taken for a constant, and so for the only batch size there is.
     example = torch.from_numpy(inputs[:2])
     refusals: list[str] = []
@@ -96,6 +99,7 @@ def _export(model: nn.Module, inputs: np.ndarray, folder: Path, name: str) -> tu
         try:
             with _hushed():
                 proto = export(model, example)
+            onnx.checker.check_model(proto)
             break
         except FAULTS as error:
             refusals.append(f"{exporter}: {_reason(error)}")
@@ -126,7 +130,20 @@ def _by_export(model: nn.Module, example: torch.Tensor) -> onnx.ModelProto:
         verbose=False,
     )
     assert program is not None
+    _keep_constants(program)
     return program.model_proto
+
+
+def _keep_constants(program: torch.onnx.ONNXProgram) -> None:
+    """Give the graph what its nodes read and it has lost.
+
+    The rewriter that fuses a minimum and a maximum names their constants after the tensor they bound. Of two pairs that bound
+    the same tensor the graph keeps one, and the nodes of the other read constants that are nowhere (onnxscript 0.7).
+    """
+    graph = program.model.graph
+    for value in (value for node in graph for value in node.inputs):
+        if value is not None and value.const_value is not None and value.producer() is None:
+            graph.register_initializer(value)
 
 
 def _any_batch() -> tuple[dict[int, Any]]:

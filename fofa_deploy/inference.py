@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from fofa_deploy.data import Split, eval_batches
 from fofa_deploy.types import Preprocessing
 
+BATCH, CPU_BATCH = 256, 32
+"""Images at once. A CPU gains nothing by more, and attention in windows may take 100 MB for every one of them."""
+
 
 class Normalize(nn.Module):
     """uint8 (B,C,H,W) -> float32, with the arithmetic of `Preprocessing.apply`."""
@@ -29,14 +32,15 @@ class Normalize(nn.Module):
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, preprocessing: Preprocessing, batch_size: int = 256) -> NDArray[np.float32]:
+def predict(model: nn.Module, split: Split, preprocessing: Preprocessing) -> NDArray[np.float32]:
     """Logits float32 (N,K) of ``model`` in eval mode, in the split's order; the mode it was in is restored."""
     device = next(model.parameters()).device
     normalize = Normalize(preprocessing).to(device)
+    size = CPU_BATCH if device.type == "cpu" else BATCH
     training = model.training
     model.eval()
     try:
-        batches = [model(normalize(torch.from_numpy(images).to(device))) for images, _ in eval_batches(split, batch_size)]
+        batches = [model(normalize(torch.from_numpy(images).to(device))) for images, _ in eval_batches(split, size)]
     finally:
         model.train(training)
     return torch.cat(batches).float().cpu().numpy()

@@ -19,8 +19,9 @@ def enliven(model: nn.Module, images: Tensor) -> float:
     """Give a network (left in eval mode) data-dependent weights, and tell how its logits differ between images.
 
     Every product is normal with variance 1 / fan-in, then scaled and shifted so that each of its outputs has mean 0 and
-    variance 1 over the images (Salimans & Kingma 2016, arXiv 1602.07868, section 3); batch normalization takes the images'
-    statistics; everything else gets noise of `NOISE`.
+    variance 1 over the images (Salimans & Kingma 2016, arXiv 1602.07868, section 3), and equal tokens count once: in windows
+    that are mostly padding, the few others would be scaled up until attention turns rounding into another answer. Batch
+    normalization takes the images' statistics; everything else gets noise of `NOISE`.
 
     Args:
         images: float32 (B,C,H,W), at least two and different ones.
@@ -68,10 +69,19 @@ def _settle(model: nn.Module, products: list[nn.Module], images: Tensor) -> None
 def _standardize(hooks: dict, product: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
     """The product's outputs as they are with its new weights; its first use counts where it is used more than once."""
     hooks.pop(product).remove()
-    rows = outputs.flatten(0, -2) if isinstance(product, nn.Linear) else outputs.transpose(0, 1).flatten(1).T
+    rows = _distinct(inputs[0], outputs) if isinstance(product, nn.Linear) else outputs.transpose(0, 1).flatten(1).T
     mean, std = rows.mean(0), rows.std(0)
     std = std.clamp_min(float(0.1 * rows.std()) or 1.0)  # a dead channel stays one
     product.weight.div_(std.view(-1, *[1] * (product.weight.ndim - 1)))
     if product.bias is not None:
         product.bias.sub_(mean).div_(std)
     return product(*inputs)
+
+
+def _distinct(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """Outputs (N,K) of the tokens (...,C) that are not equal to one before; all where there is but one."""
+    places: dict[bytes, int] = {}
+    for place, token in enumerate(inputs.flatten(0, -2).contiguous().numpy()):
+        places.setdefault(token.tobytes(), place)
+    rows = outputs.flatten(0, -2)
+    return rows[list(places.values())] if len(places) > 1 else rows

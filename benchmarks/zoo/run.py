@@ -85,18 +85,25 @@ def main(
     families = load(RESULTS)["families"]
     chosen = QUICK if quick else only or timm.list_modules()
     limits = seconds, int(memory_gib * 2**30)
-    with nullcontext(work) if work else TemporaryDirectory() as folder, Keeper("specimens:Specimens", FOLDERS, *limits) as zoo:
+    with nullcontext(work) if work else TemporaryDirectory() as folder:
         place = Path(folder).absolute()
         if not (place / "photographs").is_dir():
             write_photographs(place / "photographs")
-        entries = {family: _entry(zoo, family, {} if only or quick else families) for family in chosen}
+        with _child(limits) as zoo:
+            entries = {family: _entry(zoo, family, {} if only or quick else families) for family in chosen}
         if not quick:
             save(RESULTS, {family: entry for family, entry in entries.items() if family not in families}, page)
         for family, entry in sorted(entries.items(), key=_effort):
-            for step in _Trial(zoo, entry, place, set(precisions or PRECISIONS), seconds).steps():
-                click.echo(f"{family} {step}")
-                if not quick:
-                    save(RESULTS, {family: entry}, page)
+            with _child(limits) as zoo:
+                for step in _Trial(zoo, entry, place, set(precisions or PRECISIONS), seconds).steps():
+                    click.echo(f"{family} {step}")
+                    if not quick:
+                        save(RESULTS, {family: entry}, page)
+
+
+def _child(limits: tuple[float, int]) -> Keeper:
+    """A new one for each family: what the heap of an old one has gathered would count towards the limit of the next."""
+    return Keeper("specimens:Specimens", FOLDERS, *limits)
 
 
 def _entry(zoo: Keeper, family: str, recorded: dict) -> dict:

@@ -50,7 +50,7 @@ def read_any(path: Path, domains: Set[str]) -> onnx.ModelProto:
     """Parse and check an ONNX file: valid, one file, operators of these domains, and none that holds a vendor's machine code."""
     try:
         onnx.checker.check_model(str(path))
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
     except (onnx.checker.ValidationError, DecodeError, OSError) as error:
         raise GraphError(f"{path} is not a safe ONNX file: {error}", _EXPORT_AGAIN) from error
     _check_single_file(model, path)
@@ -79,9 +79,7 @@ def _spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
 
 
 def _check_single_file(model: onnx.ModelProto, path: Path) -> None:
-    # onnx.load has resolved ordinary external data by now, so the question goes to the file as it is stored.
-    stored = onnx.load(path, load_external_data=False)
-    if any(uses_external_data(tensor) for tensor in _tensors(stored)):
+    if any(uses_external_data(tensor) for tensor in _tensors(model)):
         raise GraphError(f"{path} keeps weights in other files, which its digest does not cover", _EXPORT_AGAIN)
 
 
