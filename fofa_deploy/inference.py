@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,8 +12,12 @@ from torch import Tensor, nn
 from fofa_deploy.data import Split, eval_batches
 from fofa_deploy.types import Preprocessing
 
-BATCH, CPU_BATCH = 256, 32
-"""Images at once. A CPU gains nothing by more, and attention in windows may take 100 MB for every one of them."""
+BATCH, CPU_BATCH, CPU_VALUES = 256, 32, 2**20
+"""Images at once; on a CPU as many as have so many values, between those two.
+
+Large images are no faster there by more (ViT-tiny at 224 px: 24 ms each by 32, 31 ms by 256), and attention in windows may
+take 100 MB for every one of them; of small ones, calls cost more than arithmetic.
+"""
 
 
 class Normalize(nn.Module):
@@ -36,7 +42,8 @@ def predict(model: nn.Module, split: Split, preprocessing: Preprocessing) -> NDA
     """Logits float32 (N,K) of ``model`` in eval mode, in the split's order; the mode it was in is restored."""
     device = next(model.parameters()).device
     normalize = Normalize(preprocessing).to(device)
-    size = CPU_BATCH if device.type == "cpu" else BATCH
+    values = preprocessing.channels * math.prod(preprocessing.image_size)
+    size = min(BATCH, max(CPU_BATCH, CPU_VALUES // values)) if device.type == "cpu" else BATCH
     training = model.training
     model.eval()
     try:

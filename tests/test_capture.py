@@ -165,12 +165,14 @@ def test_a_model_that_lives_on_rounding_is_told_from_a_wrong_graph(tmp_path):
     assert "mistranslated" in refused.value.action
 
 
-def test_answers_are_computed_in_batches_that_fit():
+@pytest.mark.parametrize(("values", "expected"), [(40 * 3 * SIDE * SIDE, [40, 30]), (1, [32, 32, 6]), (2**40, [70])])
+def test_answers_are_computed_in_batches_that_fit(values, expected, monkeypatch):
+    monkeypatch.setattr("fofa_deploy.inference.CPU_VALUES", values)
     sizes = []
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, 3))
     model.register_forward_hook(lambda module, inputs, outputs: sizes.append(len(outputs)))
     split = _images(70)
     logits = predict(model, split, PREPROCESSING)
-    assert sizes == [32, 32, 6]
+    assert sizes == expected
     inputs = torch.from_numpy(PREPROCESSING.apply(split.source.images(split.indices)))
     assert np.allclose(logits, model(inputs).detach().numpy(), atol=1e-5)
