@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from fofa_deploy.distill.depthwise import Depthwise5x5
 from fofa_deploy.distill.grids import resize
 
 Fusion = Literal["dense", "depthwise"]
@@ -18,8 +21,25 @@ def _pointwise(inputs: int, outputs: int, groups: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 1, groups=math.gcd(groups, inputs, outputs))
 
 
-def _five_by_five(channels: int, groups: int) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, 5, padding=2, groups=groups)
+def _matrix(convolution: nn.Conv2d) -> Tensor:
+    """(outputs, inputs) of a 1x1 convolution, groups on the diagonal."""
+    weight = convolution.weight.flatten(1)
+    return weight if convolution.groups == 1 else torch.block_diag(*weight.chunk(convolution.groups))
+
+
+def _folded(convolutions: Sequence[nn.Conv2d]) -> tuple[Tensor, Tensor]:
+    """1x1 convolutions one after the other as one: (outputs, inputs) and (outputs)."""
+    first, *others = convolutions
+    weight, bias = _matrix(first), _biased(first)
+    for convolution in others:
+        matrix = _matrix(convolution)
+        weight, bias = matrix @ weight, matrix @ bias + _biased(convolution)
+    return weight, bias
+
+
+def _biased(convolution: nn.Conv2d) -> Tensor:
+    assert convolution.bias is not None
+    return convolution.bias
 
 
 class SqueezeExcite(nn.Module):
@@ -31,14 +51,41 @@ class SqueezeExcite(nn.Module):
         self.squeeze = nn.Conv2d(channels, hidden, 1)
         self.excite = nn.Conv2d(hidden, channels, 1)
 
+    def gate(self, pooled: Tensor) -> Tensor:
+        """GAP z (B, C, 1, 1) -> (B, C, 1, 1)."""
+        return self.excite(self.squeeze(pooled).relu()).sigmoid()  # type: ignore[no-any-return]
+
     def forward(self, grid: Tensor) -> Tensor:
-        pooled = grid.mean(dim=(2, 3), keepdim=True)
-        gate: Tensor = self.excite(self.squeeze(pooled).relu()).sigmoid()
-        return grid * gate
+        return grid * self.gate(grid.mean(dim=(2, 3), keepdim=True))
+
+
+def _gated(
+    grid: Tensor, before: nn.Conv2d, excite: SqueezeExcite, after: Sequence[nn.Conv2d], factor: Tensor | None = None
+) -> Tensor:
+    """factor * after(SE(before(z))), all of them 1x1 convolutions: (B, C, H, W) -> (B, C, H, W), channels last.
+
+    The gate is one number per sample and channel, and averaging commutes with ``before``: so the gate is known before any
+    map is made, and where a map has more cells than channels, all of it is multiplied out to one matrix per sample.
+    """
+    gate = excite.gate(before(grid.mean(dim=(2, 3), keepdim=True))).flatten(1)
+    weight, bias = _folded(after)
+    if factor is not None:
+        weight, bias = factor * weight, factor * bias
+    tokens = grid.permute(0, 2, 3, 1).flatten(1, 2)
+    first = _matrix(before)
+    if tokens.shape[1] > tokens.shape[2]:
+        weights = weight * gate[:, None]
+        offsets = weights @ _biased(before) + bias
+        mixed = torch.baddbmm(offsets[:, None], tokens, (weights @ first).mT)
+    else:
+        mixed = functional.linear(functional.linear(tokens, first, before.bias) * gate[:, None], weight, bias)
+    return mixed.unflatten(1, grid.shape[-2:]).permute(0, 3, 1, 2)
 
 
 class Fusion2d(nn.Module):
     """U = Conv1x1(SE(Conv1x1(Conv5x5(Conv1x1[X; G])))), G a projection of the gap to X's shape (equation 1, first line).
+
+    The gap is normalized and projected at its own size or X's, whichever is smaller: resizing and 1x1 convolutions commute.
 
     Args:
         channels: C' of X.
@@ -52,18 +99,25 @@ class Fusion2d(nn.Module):
         self.project = _pointwise(gap_channels, channels)
         self.blocks = nn.Sequential(
             _pointwise(2 * channels, channels),
-            _five_by_five(channels, 1 if fusion == "dense" else channels),
+            nn.Conv2d(channels, channels, 5, padding=2) if fusion == "dense" else Depthwise5x5(channels),
             _pointwise(channels, channels),
             SqueezeExcite(channels),
             _pointwise(channels, channels),
         )
 
-    def forward(self, grid: Tensor, gap: Tensor) -> Tensor:
-        """X (B, C', H', W') and gap (B, C, H, W) -> U (B, C', H', W')."""
+    def forward(self, grid: Tensor, gap: Tensor, after: Sequence[nn.Conv2d] = ()) -> Tensor:
+        """X (B, C', H', W') and gap (B, C, H, W) -> U (B, C', H', W'), through the 1x1 convolutions that come after it."""
+        joint, spatial, before, excite, last = self.blocks
+        return _gated(spatial(self._joined(joint, grid, gap)), before, excite, (last, *after))
+
+    def _joined(self, joint: nn.Conv2d, grid: Tensor, gap: Tensor) -> Tensor:
+        """Conv1x1[X; G] as the sum of its two halves."""
         size = (grid.shape[-2], grid.shape[-1])
-        feedback = self.project(self.norm(resize(gap, size)))
-        fused: Tensor = self.blocks(torch.cat([grid, feedback], dim=1))
-        return fused
+        if gap.shape[-2] * gap.shape[-1] > size[0] * size[1]:
+            gap = resize(gap, size)
+        own, theirs = joint.weight.chunk(2, dim=1)
+        feedback = self.project(self.norm(gap.contiguous(memory_format=torch.channels_last)))
+        return functional.conv2d(grid, own, joint.bias) + resize(functional.conv2d(feedback, theirs), size)
 
 
 class PromptBlock(nn.Module):
@@ -79,7 +133,7 @@ class PromptBlock(nn.Module):
         self.fuse = Fusion2d(channels, gap_channels, fusion) if gap_channels else None
         self.blocks = nn.Sequential(
             _pointwise(channels, channels, groups=4),
-            _five_by_five(channels, channels),
+            Depthwise5x5(channels),
             _pointwise(channels, channels),
             SqueezeExcite(channels),
             _pointwise(channels, channels, groups=4),
@@ -89,8 +143,10 @@ class PromptBlock(nn.Module):
     def forward(self, grid: Tensor, gap: Tensor | None = None) -> Tensor:
         """X (B, C', H', W'), gap (B, C, H, W) -> X' (B, C', H', W'); the gap passes no gradient back."""
         # A teacher may be stored in bf16; the prompt's own weights are not.
-        inner = grid.to(self.b.dtype)
+        inner = grid.to(self.b.dtype).contiguous(memory_format=torch.channels_last)
+        first, spatial, before, excite, last = self.blocks
         if self.fuse is not None and gap is not None:
-            inner = self.fuse(inner, gap.detach().to(self.b.dtype))
-        prompt: Tensor = self.b * self.blocks(inner)
-        return grid + prompt.to(grid.dtype)
+            inner = self.fuse(inner, gap.detach().to(self.b.dtype), after=(first,))
+        else:
+            inner = first(inner)
+        return grid + _gated(spatial(inner), before, excite, (last,), self.b).to(grid.dtype)

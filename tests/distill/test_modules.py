@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from fofa_deploy.distill.attention import Aligner, RegionAwareAttention
+from fofa_deploy.distill.depthwise import Depthwise5x5
 from fofa_deploy.distill.grids import FEW, pool, resize
 from fofa_deploy.distill.heads import SETTLED, Projector, Standardizer
 from fofa_deploy.distill.losses import divergence, hierarchical_context_loss, redundancy_loss
@@ -71,6 +72,38 @@ def test_no_gradient_leaves_through_the_gap():
 
 def test_prompts_keep_the_teachers_own_precision():
     assert PromptBlock(8)(torch.randn(2, 8, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("size", [(8, 8), (5, 6), (3, 2), (1, 4), (4, 7)])
+@pytest.mark.parametrize("channels", [16, 6])
+def test_the_depthwise_convolution_is_the_ordinary_one(channels, size):
+    block, grid = Depthwise5x5(channels), torch.randn(2, channels, *size)
+    twin, weights = nn.Conv2d(channels, channels, 5, padding=2, groups=channels), torch.randn(2, channels, *size)
+    twin.load_state_dict(block.state_dict())
+    one, other = grid.clone().requires_grad_(), grid.clone().requires_grad_()
+    assert torch.allclose(block(one), twin(other), atol=1e-6)
+    (block(one) * weights).sum().backward()
+    (twin(other) * weights).sum().backward()
+    assert torch.allclose(one.grad, other.grad, atol=1e-5)
+    for found, expected in zip(block.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(found.grad, expected.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gap_size", [(3, 2), (6, 4), (9, 8)])
+@pytest.mark.parametrize("channels", [48, 16])
+@pytest.mark.parametrize("fusion", ["dense", "depthwise"])
+def test_prompts_are_the_equation(channels, gap_size, fusion):
+    """As written, layer by layer; 24 cells are more than 16 channels and fewer than 48: both orders of products are tried."""
+    block, grid, gap = PromptBlock(channels, 5, fusion).eval(), torch.randn(3, channels, 6, 4), torch.randn(3, 5, *gap_size)
+    nn.init.constant_(block.b, 0.5)
+    nn.init.normal_(block.fuse.norm.running_mean)
+    feedback = block.fuse.project(block.fuse.norm(resize(gap, (6, 4))))
+    expected = grid + block.b * block.blocks(block.fuse.blocks(torch.cat([grid, feedback], 1)))
+    found = block(grid, gap)
+    assert torch.allclose(found, expected, atol=1e-5)
+    parameters, weights = list(block.parameters()), torch.randn_like(grid)
+    for one, other in zip(*(torch.autograd.grad((out * weights).sum(), parameters) for out in (found, expected)), strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_resizing_is_smooth():
