@@ -85,7 +85,8 @@ def _gated(
 class Fusion2d(nn.Module):
     """U = Conv1x1(SE(Conv1x1(Conv5x5(Conv1x1[X; G])))), G a projection of the gap to X's shape (equation 1, first line).
 
-    The gap is normalized and projected at its own size or X's, whichever is smaller: resizing and 1x1 convolutions commute.
+    The gap is normalized and projected at its own size or X's, whichever is smaller: resizing and 1x1 convolutions commute, and
+    the statistics of the normalization are those of the gap rather than of the enlarged one.
 
     Args:
         channels: C' of X.
