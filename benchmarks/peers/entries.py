@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from models import SIBLINGS
 from peers import BUILD_SECONDS, NotBuiltError, Peer, build
 
 from fofa_deploy.config import LimitsPlan
@@ -96,8 +98,11 @@ def rows_of(run: Path, target: str) -> list[TargetRow]:
     return [row for row in report.targets if row.target == target]
 
 
-def ours(run: Path, runtime: str) -> Iterator[Entry]:
-    for row in rows_of(run, TARGETS[runtime]):
+def ours(work: Path, runtime: str) -> Iterator[Entry]:
+    """What the tuner tried, and the rest of the family of what it deploys."""
+    run, target = work / "run", TARGETS[runtime]
+    siblings = map(TargetRow.model_validate, json.loads((work / SIBLINGS).read_bytes()))
+    for row in (*rows_of(run, target), *(row for row in siblings if row.target == target)):
         failure = "" if row.artifact else row.reason
         yield Entry(
             name=row.recipe,
@@ -181,7 +186,7 @@ def field_of(model: str, work: Path, runtimes: set[str], peers: list[Peer], envi
     """Collect, build and test everybody; kept as ``field.json`` in the model's folder."""
     run = work / "run"
     report = RunReport.model_validate_json((run / "report.json").read_bytes())
-    found = [entry for runtime in sorted(runtimes - {"torch"}) for entry in ours(run, runtime)]
+    found = [entry for runtime in sorted(runtimes - {"torch"}) for entry in ours(work, runtime)]
     for peer in peers:
         progress.say(f"{model}: {peer.name}")
         found.append(built(peer, work, environments))

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from fofa_deploy.backend import get_backend
 from fofa_deploy.config import RunPlan, load_plan
 from fofa_deploy.pipeline import Run, opened
+from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Progress
+from fofa_deploy.results import RunReport, TargetRow
 from fofa_deploy.runner.machine import cpu_flags
 from fofa_deploy.store import write_atomic
 from fofa_deploy.types import Graph
 
 HERE = Path(__file__).parent
 SUITES = HERE.parent / "suites"
+SIBLINGS = "siblings.json"
 VALIDATION = 500
 """Images for peers that check their own accuracy while they quantize: of the validation split, as the project's choice is."""
 
@@ -75,8 +80,21 @@ def _ready_made(inputs: Path) -> list[str]:
 def prepare(subject: Subject, work: Path, quick: bool, progress: Progress) -> None:
     """Train, capture, tune for every target, and write ``job.json`` for the peers. Run again to resume."""
     with opened(plan_of(subject, work, quick), work / "run", progress) as run:
-        run.report(*run.targets())
+        report = run.report(*run.targets())
+        rows = [row.model_dump(mode="json") for row in _siblings(run, report)]
+        write_atomic(work / SIBLINGS, json.dumps(rows, indent=1).encode())
         _write_job(subject, run, work / "job")
+
+
+def _siblings(run: Run, report: RunReport) -> Iterator[TargetRow]:
+    """The recipes of the deployed one's family that the search had no reason to try: as fast, and some are closer to PyTorch."""
+    for chosen in (row for row in report.targets if row.chosen):
+        profile, tried = find_profile(chosen.profile), {row.recipe for row in report.targets if row.target == chosen.target}
+        recipes = get_backend(profile.runtime).recipes(profile, Graph.load(run.graph))
+        kin = next(recipe.kin for recipe in recipes if recipe.name == chosen.recipe)
+        for recipe in recipes:
+            if recipe.kin == kin and recipe.name not in tried:
+                yield from run.tuner(recipe.name, timed=False).attempt(profile)
 
 
 def _write_job(subject: Subject, run: Run, folder: Path) -> None:

@@ -159,12 +159,22 @@ BF16 = Recipe(
     options={"method": "typed"},
 )
 CUDA = [FP16, BF16, FP32]
-DYNAMIC = Recipe(
-    name="int8-dynamic-matmul",
-    precision=Precision.INT8,
-    description="weights of matrix products in int8 per channel, activations quantized while running; needs no calibration",
-    options={"method": "dynamic"},
-)
+
+
+def _dynamic(name: str, scales: str, **options: bool) -> Recipe:
+    return Recipe(
+        name=name,
+        precision=Precision.INT8,
+        description=f"weights of matrix products in int8 {scales}, activations quantized while running; needs no calibration",
+        options={"method": "dynamic", **options},
+    )
+
+
+# One scale for a whole matrix spares the kernel work for each of its columns, and costs accuracy.
+DYNAMIC = [
+    _dynamic("int8-dynamic-matmul-per-tensor", "per tensor", per_tensor=True),
+    _dynamic("int8-dynamic-matmul", "per channel"),
+]
 
 
 def _static(name: str, description: str, **options: bool) -> Recipe:
@@ -198,7 +208,7 @@ def _int8(profile: HardwareProfile, model: onnx.ModelProto) -> list[Recipe]:
     products = grown([_weighted_only(recipe, mostly_conv) for recipe in static], smoothing=SMOOTHING)
     if mostly_conv:
         return products
-    return [_seven_bit(DYNAMIC) if saturating else DYNAMIC, *products]
+    return [*(map(_seven_bit, DYNAMIC) if saturating else DYNAMIC), *products]
 
 
 def _weighted_only(recipe: Recipe, conv_outputs: bool) -> Recipe:
@@ -233,7 +243,7 @@ def _write_dynamic(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibra
             source,
             main,
             op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
+            per_channel=not recipe.options.get("per_tensor"),
             reduce_range=bool(recipe.options.get("seven_bit_weights")),
             weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True},
