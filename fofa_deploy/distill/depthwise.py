@@ -57,13 +57,15 @@ def _convolve(grid: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 def _paired(grid: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 2 C, H, W / 2), a view where channels are last: even columns first, then odd ones."""
-    return grid.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).flatten(3).permute(0, 3, 1, 2)
+    pairs: Tensor = grid.permute(0, 2, 3, 1).unflatten(2, (-1, 2)).flatten(3).permute(0, 3, 1, 2)
+    return pairs
 
 
 def _narrow(grid: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of a filter of three columns and of the bias: (C, 1, 5, 3) and (C)."""
     channels = grid.shape[1]
     weight = grid.new_empty(channels, 1, _SIDE, 3)
-    return torch.ops.aten.convolution_backward(  # type: ignore[return-value]
+    _, filters, bias = torch.ops.aten.convolution_backward(
         gradient, grid, weight, [channels], [1, 1], [_SIDE // 2, 1], [1, 1], False, [0, 0], channels, [False, True, True]
-    )[1:]
+    )
+    return filters, bias

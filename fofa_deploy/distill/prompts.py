@@ -79,7 +79,13 @@ def _gated(
         mixed = torch.baddbmm(offsets[:, None], tokens, (weights @ first).mT)
     else:
         mixed = functional.linear(functional.linear(tokens, first, before.bias) * gate[:, None], weight, bias)
-    return mixed.unflatten(1, grid.shape[-2:]).permute(0, 3, 1, 2)
+    found: Tensor = mixed.unflatten(1, grid.shape[-2:]).permute(0, 3, 1, 2)
+    return found
+
+
+def _parts(blocks: nn.Sequential) -> tuple[nn.Conv2d, nn.Module, nn.Conv2d, SqueezeExcite, nn.Conv2d]:
+    """A 1x1 convolution, a spatial one, a 1x1 one, a gate, a 1x1 one."""
+    return tuple(blocks)  # type: ignore[return-value]
 
 
 class Fusion2d(nn.Module):
@@ -108,7 +114,7 @@ class Fusion2d(nn.Module):
 
     def forward(self, grid: Tensor, gap: Tensor, after: Sequence[nn.Conv2d] = ()) -> Tensor:
         """X (B, C', H', W') and gap (B, C, H, W) -> U (B, C', H', W'), through the 1x1 convolutions that come after it."""
-        joint, spatial, before, excite, last = self.blocks
+        joint, spatial, before, excite, last = _parts(self.blocks)
         return _gated(spatial(self._joined(joint, grid, gap)), before, excite, (last, *after))
 
     def _joined(self, joint: nn.Conv2d, grid: Tensor, gap: Tensor) -> Tensor:
@@ -145,7 +151,7 @@ class PromptBlock(nn.Module):
         """X (B, C', H', W'), gap (B, C, H, W) -> X' (B, C', H', W'); the gap passes no gradient back."""
         # A teacher may be stored in bf16; the prompt's own weights are not.
         inner = grid.to(self.b.dtype).contiguous(memory_format=torch.channels_last)
-        first, spatial, before, excite, last = self.blocks
+        first, spatial, before, excite, last = _parts(self.blocks)
         if self.fuse is not None and gap is not None:
             inner = self.fuse(inner, gap.detach().to(self.b.dtype), after=(first,))
         else:
