@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from models import SIBLINGS
 from peers import BUILD_SECONDS, NotBuiltError, Peer, build
 
 from fofa_deploy.config import LimitsPlan
@@ -29,6 +28,8 @@ TARGETS = {"onnxruntime": "cpu-onnxruntime", "openvino": "cpu-openvino", "torch"
 """Runtime -> the profile that says how it is run here."""
 
 AS_IT_COMES = "as it comes"
+SIBLINGS = "siblings.json"
+"""Rows of recipes that the search had no reason to try, in the model's folder."""
 BATCHES = {"torch": 8}
 LIMITS = LimitsPlan(run_seconds=900, build_seconds=1800)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from entries import SIBLINGS
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.config import RunPlan, load_plan
@@ -22,7 +23,6 @@ from fofa_deploy.types import Graph
 
 HERE = Path(__file__).parent
 SUITES = HERE.parent / "suites"
-SIBLINGS = "siblings.json"
 VALIDATION = 500
 """Images for peers that check their own accuracy while they quantize: of the validation split, as the project's choice is."""
 
