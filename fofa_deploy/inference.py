@@ -15,8 +15,8 @@ from fofa_deploy.types import Preprocessing
 BATCH, CPU_BATCH, CPU_VALUES = 256, 32, 2**20
 """Images at once; on a CPU as many as have so many values, between those two.
 
-Large images are no faster there by more (ViT-tiny at 224 px: 24 ms each by 32, 31 ms by 256), and attention in windows may
-take 100 MB for every one of them; of small ones, calls cost more than arithmetic.
+Large images are no faster there by more, and attention in windows takes much memory for every one of them; of small ones,
+calls cost more than arithmetic.
 """
 
 
