@@ -28,13 +28,14 @@ from entries import LIMITS, Entry, Field  # noqa: E402
 from peers import PEERS, NotBuiltError, Peer, build, peers_for  # noqa: E402
 from verdict import Goal, Race, goals, ratio  # noqa: E402
 
-ROUNDS = 24
+HEATS, ROUNDS = 8, 3
 
 
-def lap(ms: float, seed: int = 0, noise: float = 0.0, drift: np.ndarray | None = None) -> Lap:
-    """Blocks of a candidate that takes so long, with noise of its own and a disturbance that is everybody's."""
-    own = 1 + noise * np.random.default_rng(seed).standard_normal(ROUNDS)
-    return Lap(setting="x", blocks_ms=tuple(ms * own * (1 if drift is None else drift)), screened_ms={"x": ms})
+def lap(ms: float, seed: int = 0, noise: float = 0.0, drift: np.ndarray | float = 1.0, luck: float = 0.0) -> Lap:
+    """Blocks of a candidate that takes so long: noise of its own, a disturbance that is everybody's, and luck for each process."""
+    rng = np.random.default_rng(seed)
+    own = 1 + noise * rng.standard_normal((HEATS, ROUNDS)) + luck * rng.standard_normal((HEATS, 1))
+    return Lap(setting="x", heats_ms=tuple(map(tuple, ms * own * drift)), screened_ms={"x": ms})
 
 
 def entry(name: str, side: str, top1: float, agreement: float, **more: object) -> Entry:
@@ -54,7 +55,7 @@ def race(chosen: tuple[str, ...] = ("onnxruntime/deployed",), **laps: Lap) -> Ra
 
 
 def test_a_ratio_is_told_through_a_disturbance_that_hits_all():
-    drift = np.where(np.arange(ROUNDS) % 5 == 0, 3.0, 1.0)
+    drift = np.where(np.arange(HEATS * ROUNDS) % 5 == 0, 3.0, 1.0).reshape(HEATS, ROUNDS)
     found = ratio([lap(2.0, 1, 0.01, drift)], [lap(1.0, 2, 0.01, drift)])
     assert found.low < found.value < found.high
     assert found.low == pytest.approx(2.0, rel=0.03)
@@ -163,8 +164,9 @@ def test_a_race_counts_the_better_setting_and_tells_who_could_not_start(tmp_path
     one, many = (Candidate(artifact=artifact, profile=profile, golden=golden, batch=batch) for batch in (1, 100_000))
     gone = Candidate(artifact=tmp_path / "gone", profile=profile, golden=golden)
     entries = {"both": {"many": many, "one": one}, "gone": {"x": gone}}
-    laps, missing = contest(entries, Rounds(screening=2, counting=3), LIMITS, 0, Quiet())
-    assert (laps["both"].setting, len(laps["both"].blocks_ms)) == ("one", 3)
+    laps, missing = contest(entries, Rounds(screening=2, heats=2, counting=3), LIMITS, 0, Quiet())
+    assert laps["both"].setting == "one"
+    assert [len(heat) for heat in laps["both"].heats_ms] == [3, 3]
     assert set(laps["both"].screened_ms) == {"many", "one"}
     assert set(missing) == {"gone"}
 

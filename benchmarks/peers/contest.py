@@ -1,13 +1,14 @@
-"""Everybody side by side: each candidate at each of its settings in a process of its own, in interleaved blocks.
+"""Everybody side by side: each candidate in a process of its own, in interleaved blocks.
 
-First a short round at every setting, which decides the setting that counts; then, afresh, the rounds that are recorded.
+First a few rounds at every setting, which decide the setting that counts; then the heats that are recorded. Every heat has
+processes of its own: where its memory happens to lie makes a process a little faster or slower for as long as it lives.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from statistics import median
 
@@ -15,7 +16,7 @@ from fofa_deploy.config import LimitsPlan
 from fofa_deploy.errors import FofaError
 from fofa_deploy.isolate import Child
 from fofa_deploy.measure import SETTLE_RUNS, Candidate
-from fofa_deploy.progress import Progress
+from fofa_deploy.progress import Progress, Task
 from fofa_deploy.runner import timing
 from fofa_deploy.types import Frozen
 
@@ -28,18 +29,19 @@ Lane = tuple[str, str]
 
 
 class Lap(Frozen):
-    """What an entry did: the setting that was better, that setting's blocks round by round, and every setting's first result."""
+    """What an entry did: the setting that was better, its blocks heat by heat, and every setting's first result."""
 
     setting: str
-    blocks_ms: tuple[float, ...]
+    heats_ms: tuple[tuple[float, ...], ...]
     screened_ms: dict[str, float]
 
 
 class Rounds(Frozen):
-    """How often everybody is asked; the last ones count."""
+    """How many rounds choose the settings; and in how many heats of how many rounds those are measured."""
 
     screening: int = 6
-    counting: int = 24
+    heats: int = 8
+    counting: int = 3
 
 
 def contest(
@@ -47,28 +49,23 @@ def contest(
 ) -> tuple[dict[str, Lap], dict[str, str]]:
     """Race the entries, each given as its settings; and why some could not take part."""
     failed: dict[str, str] = {}
-    with ExitStack() as stack:
-        lanes: dict[Lane, _Runner] = {}
-        for name, settings in entries.items():
-            for setting, candidate in settings.items():
-                try:
-                    lanes[name, setting] = stack.enter_context(_Runner(candidate, limits))
-                except FofaError as error:
-                    failed[name] = error.message.splitlines()[0]
-        rng = random.Random(seed)
-        screened = _medians(_alternate(lanes, rounds.screening, rng, failed, progress, "screen"))
-        best = {name: min((ms, lane) for lane, ms in screened.items() if lane[0] == name)[1] for name, _ in screened}
-        for lane in lanes.keys() - set(best.values()):
-            lanes[lane].close()
-        finalists = {lane: lanes[lane] for lane in best.values()}
-        blocks = _alternate(finalists, rounds.counting, rng, failed, progress, "measure")
+    rng = random.Random(seed)
+    lanes = {(name, setting): candidate for name, settings in entries.items() for setting, candidate in settings.items()}
+    with progress.task("screen", rounds.screening) as task:
+        screened = {lane: median(found) for lane, found in _heat(lanes, rounds.screening, limits, rng, failed, task).items()}
+    best = {name: min((ms, lane) for lane, ms in screened.items() if lane[0] == name)[1] for name, _ in screened}
+    found: dict[Lane, list[tuple[float, ...]]] = {lane: [] for lane in best.values()}
+    with progress.task("measure", rounds.heats * rounds.counting) as task:
+        for _ in range(rounds.heats):
+            heat = _heat({lane: lanes[lane] for lane in found}, rounds.counting, limits, rng, failed, task)
+            found = {lane: [*earlier, tuple(heat[lane])] for lane, earlier in found.items() if lane in heat}
     laps = {
         lane[0]: Lap(
             setting=lane[1],
-            blocks_ms=tuple(found),
+            heats_ms=tuple(heats),
             screened_ms={setting: ms for (name, setting), ms in screened.items() if name == lane[0]},
         )
-        for lane, found in blocks.items()
+        for lane, heats in found.items()
     }
     return laps, {name: why for name, why in failed.items() if name not in laps}
 
@@ -98,22 +95,24 @@ class _Runner:
         self.close()
 
 
-def _alternate(
-    lanes: Mapping[Lane, _Runner], rounds: int, rng: random.Random, failed: dict[str, str], progress: Progress, name: str
+def _heat(
+    lanes: Mapping[Lane, Candidate], rounds: int, limits: LimitsPlan, rng: random.Random, failed: dict[str, str], task: Task
 ) -> dict[Lane, list[float]]:
-    """One block of everybody per round, in an order shuffled anew; who fails in between is out."""
-    found: dict[Lane, list[float]] = {lane: [] for lane in lanes}
-    with progress.task(name, rounds) as task:
+    """Everybody in a new process, and one block of everybody per round; orders are shuffled anew, and who fails is out."""
+    found: dict[Lane, list[float]] = {}
+    with ExitStack() as stack:
+        runners: dict[Lane, _Runner] = {}
+        for lane in rng.sample(list(lanes), len(lanes)):
+            try:
+                runners[lane], found[lane] = stack.enter_context(_Runner(lanes[lane], limits)), []
+            except FofaError as error:
+                failed[lane[0]] = error.message.splitlines()[0]
         for _ in range(rounds):
             for lane in rng.sample(list(found), len(found)):
                 try:
-                    found[lane].append(lanes[lane].block())
+                    found[lane].append(runners[lane].block())
                 except FofaError as error:
                     failed[lane[0]] = error.message.splitlines()[0]
                     del found[lane]
             task.advance(1)
     return found
-
-
-def _medians(blocks: Mapping[Lane, Sequence[float]]) -> dict[Lane, float]:
-    return {lane: median(found) for lane, found in blocks.items()}

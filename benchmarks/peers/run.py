@@ -82,7 +82,7 @@ def _measure(model: str, targets: list[str], work: Path, quick: bool, again: boo
     if not (work / "field.json").is_file():
         raise click.ClickException(f"{model} is not prepared: run with --phase prepare first")
     field = Field.model_validate_json((work / "field.json").read_bytes())
-    rounds = Rounds(screening=2, counting=4) if quick else Rounds()
+    rounds = Rounds(screening=2, heats=2, counting=2) if quick else Rounds()
     for target in targets:
         done = race(field, target, work, rounds, again, Terminal())
         click.echo(f"{model}, {target}: {len(done.laps)} raced in {done.seconds:.0f} s")

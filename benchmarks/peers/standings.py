@@ -20,18 +20,18 @@ machine? Every tool gets the same float model (ONNX, or its weights) and the sam
   PyTorch's top-1 class, cosine similarity of the logits;
 - timed by the same stopwatch: batch 1, as many threads as cores, a process each, all of a target interleaved in blocks of about
   50 ms in an order shuffled each round. Everything on ONNX Runtime runs with and without spinning, peers on OpenVINO as it comes
-  and with its latency hint; six rounds choose the setting, and the rounds after them, measured afresh, are reported.
+  and with its latency hint; six rounds choose the setting. What is reported are the heats after them, each with new processes:
+  the same kernels in two processes differ by a percent or two for as long as those live.
 
 `cpu-onnxruntime` and `cpu-openvino` compare what runs on the same runtime. `any-runtime` races the fastest of both sides from
 those two, what was deployed there, and PyTorch's compilers. *Deployed* is the recipe that the project's tuner chooses by accuracy
 on the validation images and by these latencies; the other rows of ours are what it tried, and what else belongs to the family
-of the deployed: the same kernels with other numbers. Such rows tell what the intervals do not: each artifact has one process,
-and the same kernels in two processes differ.
+of the deployed: the same kernels with other numbers.
 
 Goals, per model and target: (a) at >= {KEPT_ACCURACY:.0%} of fp32's accuracy (without labels: >= {KEPT_AGREEMENT:.0%} agreement),
 what is deployed is at least as fast as the fastest peer that reaches it; (b) something of ours that agrees with fp32 at least as
 often as the fastest peer of all is at least as fast as that; (c) what is deployed is {AHEAD:g}x ahead of the peers' defaults on the
-geometric mean. Ratios are peer / ours with 95 % bootstrap intervals over rounds: *yes* and *no* are beyond the interval, *open* is
+geometric mean. Ratios are peer / ours with 95 % intervals (Student's) over heats: *yes* and *no* are beyond the interval, *open* is
 inside it.
 
 Tools that the project depends on itself (onnxruntime, nncf, openvino, torch) run in its own environment; olive-ai, optimum-onnx,
@@ -118,7 +118,8 @@ def _race_table(field: Field, race: Race) -> list[str]:
     order = sorted(race.laps, key=lambda key: p50(race.laps[key]))
     columns = ("who", "what", "setting", "p50 ms", "deployed is faster by", "top-1", "agreement", "cosine", "MiB", "built in s")
     rows = [_row(entries[key], field, race) for key in order]
-    when = f"Measured {race.measured_at}, {len(next(iter(race.laps.values())).blocks_ms)} rounds, {race.seconds:.0f} s"
+    heats = next(iter(race.laps.values())).heats_ms
+    when = f"Measured {race.measured_at}, {len(heats)} heats of {len(heats[0])} rounds, {race.seconds:.0f} s"
     load = "" if race.load_average is None else f"; load average before: {race.load_average:.1f}"
     return [*_table(columns, rows), "", f"{when}{load}. *Italic*: below the goal's fidelity."]
 

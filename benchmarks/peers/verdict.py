@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 from contest import Lap
 from entries import Entry, Field
+from scipy import stats
 
 from fofa_deploy.types import Frozen
 
 KEPT_ACCURACY, KEPT_AGREEMENT, AHEAD = 0.99, 0.97, 1.5
-RESAMPLES, CONFIDENCE = 4000, 0.95
+CONFIDENCE = 0.95
 
 
 class Ratio(Frozen):
@@ -49,21 +50,23 @@ class Race(Frozen):
 
 
 def p50(lap: Lap) -> float:
-    return float(np.median(lap.blocks_ms))
+    """Median over heats of each heat's median."""
+    return float(np.median(_medians(lap)))
 
 
-def ratio(slower: Sequence[Lap], faster: Sequence[Lap], seed: int = 0) -> Ratio:
-    """Geometric mean over pairs of (median of the one / median of the other).
+def ratio(slower: Sequence[Lap], faster: Sequence[Lap]) -> Ratio:
+    """Geometric mean over heats and pairs of (median of the one / median of the other).
 
-    The interval is a bootstrap over rounds: who ran in the same round is drawn together, so what disturbed both cancels.
+    The interval is Student's over heats: who ran in the same heat is compared with each other, so what disturbed both
+    cancels, and what differs between two processes of the same artifact does not.
     """
-    tops, bottoms = (np.asarray([lap.blocks_ms for lap in laps], np.float64) for laps in (slower, faster))
-    rounds = tops.shape[1]
-    drawn = np.random.default_rng(seed).integers(0, rounds, (RESAMPLES, rounds))
-    logs = [np.log(np.median(side[:, drawn], axis=-1)).mean(axis=0) for side in (tops, bottoms)]
-    low, high = np.quantile(logs[0] - logs[1], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    value = np.log(np.median(tops, axis=1)).mean() - np.log(np.median(bottoms, axis=1)).mean()
-    return Ratio(value=math.exp(value), low=math.exp(low), high=math.exp(high))
+    logs = np.mean([np.log(_medians(top) / _medians(bottom)) for top, bottom in zip(slower, faster, strict=True)], axis=0)
+    middle, half = logs.mean(), stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * stats.sem(logs)
+    return Ratio(value=math.exp(middle), low=math.exp(middle - half), high=math.exp(middle + half))
+
+
+def _medians(lap: Lap) -> np.ndarray:
+    return np.median(lap.heats_ms, axis=1)
 
 
 def good(entry: Entry, field: Field) -> bool:

@@ -47,7 +47,7 @@ _WEIGHTED = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "Full
 RUNTIME_CACHE = "CPU_RUNTIME_CACHE_CAPACITY"
 """OpenVINO 2026.4 may take an executor out of it that was made for another batch size, and then answers wrong.
 
-It only spares time when the batch size changes.
+A model for one size has nothing to mix up, and is up to 4 % slower without it (int8 of a ViT-tiny).
 """
 _VIRTUAL_DEVICES = ("AUTO", "MULTI", "HETERO", "BATCH")
 
@@ -284,10 +284,12 @@ def _compile_on(device: str, path: Path, threads: int | None, batch: int | None 
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **more}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
-    if device == "CPU":
+    model = _core().read_model(path)
+    if batch is not None:
+        model = _sized(model, batch)
+    if device == "CPU" and model.is_dynamic():
         config[RUNTIME_CACHE] = 0
-    target = path if batch is None else _sized(_core().read_model(path), batch)
-    compiled = _core().compile_model(target, device, config)
+    compiled = _core().compile_model(model, device, config)
     bound = compiled.get_property("EXECUTION_DEVICES")
     if any(name.split(".")[0] != device.split(".")[0] for name in bound):
         raise BackendError(f"OpenVINO bound {bound} and not {device}", "check the device's driver")

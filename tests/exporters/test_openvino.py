@@ -16,7 +16,7 @@ from fofa_deploy.errors import BackendError, BuildError
 from fofa_deploy.types import Device, HardwareProfile, Precision
 from fofa_exporters import openvino
 
-from .conftest import Built, Captured, profile_for
+from .conftest import Built, Captured, profile_for, run_in_batches
 
 
 def _has_bf16() -> bool:
@@ -116,3 +116,30 @@ def test_sessions_may_end_in_any_order(build: Callable[[str, str, str], Built]):
     ended = subprocess.run([sys.executable, "-c", OVERLAPPING, folder], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert "a child ended" in ended.stdout
+
+
+class _Watched:
+    """OpenVINO's core, and what it was told to compile with."""
+
+    def __init__(self) -> None:
+        self._core, self.told = openvino._core(), []
+
+    def compile_model(self, model: object, device: str, config: dict[str, object]) -> object:
+        self.told.append(config.get(openvino.RUNTIME_CACHE))
+        return self._core.compile_model(model, device, config)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._core, name)
+
+
+def test_the_cache_that_mixes_up_batch_sizes_is_left_out_where_they_change(
+    build: Callable[[str, str, str], Built], monkeypatch: pytest.MonkeyPatch
+):
+    built, watched = build("openvino", "cnn", "fp32"), _Watched()
+    monkeypatch.setattr(openvino, "_core", lambda: watched)
+    profile = profile_for("openvino")
+    fixed = profile.execution.batch_sizes[0]
+    with get_backend("openvino").load(built.artifact, profile) as session:
+        for size in (fixed, max(profile.execution.batch_sizes) + 1):
+            run_in_batches(session, built.captured.inputs[:size], size)
+    assert watched.told == [None, 0]
