@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from statistics import median
 
@@ -18,7 +19,7 @@ from fofa_deploy.isolate import Child
 from fofa_deploy.measure import SETTLE_RUNS, Candidate
 from fofa_deploy.progress import Progress, Task
 from fofa_deploy.runner import timing
-from fofa_deploy.types import Frozen
+from fofa_deploy.types import Execution, Frozen
 
 WARM_SECONDS, WARM_RUNS = 0.3, 10
 PAUSE_SECONDS = 0.01
@@ -75,14 +76,17 @@ class _Runner:
 
     def __init__(self, candidate: Candidate, limits: LimitsPlan) -> None:
         self._child = Child("fofa_deploy.measure:Runner", candidate, seconds=limits.run_seconds)
-        times, started, runs = [1], time.monotonic(), 0
+        self._size = 0
+        started, runs = time.monotonic(), 0
         while runs < WARM_RUNS or time.monotonic() - started < WARM_SECONDS:
-            times, runs = self._child.call("block", runs=5), runs + 5
-        self._size = timing.block_runs(times)
+            self._child.call("block", runs=5)
+            runs += 5
 
     def block(self) -> float:
         """Median milliseconds of a block's runs, those left out in which the caches still belonged to another."""
         time.sleep(PAUSE_SECONDS)
+        if not self._size:  # not while others were starting, too
+            self._size = timing.block_runs(self._child.call("block", runs=5))
         return median(self._child.call("block", runs=SETTLE_RUNS + self._size)[SETTLE_RUNS:]) / 1e6
 
     def close(self) -> None:
@@ -99,14 +103,18 @@ def _heat(
     lanes: Mapping[Lane, Candidate], rounds: int, limits: LimitsPlan, rng: random.Random, failed: dict[str, str], task: Task
 ) -> dict[Lane, list[float]]:
     """Everybody in a new process, and one block of everybody per round; orders are shuffled anew, and who fails is out."""
-    found: dict[Lane, list[float]] = {}
     with ExitStack() as stack:
         runners: dict[Lane, _Runner] = {}
-        for lane in rng.sample(list(lanes), len(lanes)):
+
+        def start(lane: Lane) -> None:
             try:
-                runners[lane], found[lane] = stack.enter_context(_Runner(lanes[lane], limits)), []
+                runners[lane] = stack.enter_context(_Runner(lanes[lane], limits))
             except FofaError as error:
                 failed[lane[0]] = error.message.splitlines()[0]
+
+        with ThreadPoolExecutor(Execution().thread_count) as pool:
+            list(pool.map(start, rng.sample(list(lanes), len(lanes))))
+        found: dict[Lane, list[float]] = {lane: [] for lane in sorted(runners)}
         for _ in range(rounds):
             for lane in rng.sample(list(found), len(found)):
                 try:

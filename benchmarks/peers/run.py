@@ -75,15 +75,16 @@ def _prepare(model: str, targets: list[str], work: Path, environments: Path, qui
 def _measure(model: str, targets: list[str], work: Path, quick: bool, again: bool) -> None:
     from contest import Rounds
     from entries import Field
-    from races import race
+    from races import ANY, race
 
     from fofa_deploy.progress import Terminal
 
     if not (work / "field.json").is_file():
         raise click.ClickException(f"{model} is not prepared: run with --phase prepare first")
     field = Field.model_validate_json((work / "field.json").read_bytes())
-    rounds = Rounds(screening=2, heats=2, counting=2) if quick else Rounds()
     for target in targets:
+        rounds = Rounds(heats=5, counting=5) if target == ANY else Rounds()  # PyTorch's compilers take long to start
+        rounds = Rounds(screening=2, heats=2, counting=2) if quick else rounds
         done = race(field, target, work, rounds, again, Terminal())
         click.echo(f"{model}, {target}: {len(done.laps)} raced in {done.seconds:.0f} s")
 
