@@ -19,7 +19,7 @@ from fofa_deploy.progress import Progress
 from fofa_deploy.results import RunReport, TargetRow
 from fofa_deploy.runner.machine import cpu_flags
 from fofa_deploy.store import write_atomic
-from fofa_deploy.types import Graph
+from fofa_deploy.types import Graph, Precision, Status
 
 HERE = Path(__file__).parent
 SUITES = HERE.parent / "suites"
@@ -87,13 +87,14 @@ def prepare(subject: Subject, work: Path, quick: bool, progress: Progress) -> No
 
 
 def _siblings(run: Run, report: RunReport) -> Iterator[TargetRow]:
-    """The recipes of the deployed one's family that the search had no reason to try: as fast, and some are closer to PyTorch."""
+    """What the search had no reason to try of families with a recipe inside the budget: as fast, and some closer to PyTorch."""
     for chosen in (row for row in report.targets if row.chosen):
-        profile, tried = find_profile(chosen.profile), {row.recipe for row in report.targets if row.target == chosen.target}
+        profile = find_profile(chosen.profile)
+        rows = {row.recipe: row for row in report.targets if row.target == chosen.target}
         recipes = get_backend(profile.runtime).recipes(profile, Graph.load(run.graph))
-        kin = next(recipe.kin for recipe in recipes if recipe.name == chosen.recipe)
+        good = {recipe.kin for recipe in recipes if recipe.name in rows and rows[recipe.name].status is Status.VERIFIED}
         for recipe in recipes:
-            if recipe.kin == kin and recipe.name not in tried:
+            if recipe.kin in good and recipe.precision is Precision.INT8 and recipe.name not in rows:
                 yield from run.tuner(recipe.name, timed=False).attempt(profile)
 
 

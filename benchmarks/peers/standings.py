@@ -25,8 +25,8 @@ machine? Every tool gets the same float model (ONNX, or its weights) and the sam
 
 `cpu-onnxruntime` and `cpu-openvino` compare what runs on the same runtime. `any-runtime` races the fastest of both sides from
 those two, what was deployed there, and PyTorch's compilers. *Deployed* is the recipe that the project's tuner chooses by accuracy
-on the validation images and by these latencies; the other rows of ours are what it tried, and what else belongs to the family
-of the deployed: the same kernels with other numbers.
+on the validation images and by these latencies; the other rows of ours are what it tried, and what else belongs to families
+with a recipe inside the budget: the same kernels with other numbers.
 
 Goals, per model and target: (a) at >= {KEPT_ACCURACY:.0%} of fp32's accuracy (without labels: >= {KEPT_AGREEMENT:.0%} agreement),
 what is deployed is at least as fast as the fastest peer that reaches it; (b) something of ours that agrees with fp32 at least as
