@@ -1,6 +1,8 @@
-"""Operators that a runtime lacks, written with operators that it has; the results are the same, rounding included."""
+"""Operators that a runtime or a quantizer cannot take, written with others; the results are the same, rounding included."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -52,6 +54,46 @@ def flatten_scales(model: onnx.ModelProto) -> onnx.ModelProto:
             out.graph.node.insert(places[scale.output[0]], new)
         out.graph.initializer.extend(tensors)
     return out
+
+
+def absorb_endless_pads(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``Pad`` with minus infinity before a ``MaxPool`` as that one's own padding: no range holds what it writes."""
+    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    outputs = {value.name for value in model.graph.output}
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    pads = {node.output[0]: node for node in out.graph.node if _is_endless(node, known)}
+    for pool in out.graph.node:
+        pad = pads.get(pool.input[0]) if pool.op_type == "MaxPool" else None
+        if pad is None or readers[pad.output[0]] > 1 or pad.output[0] in outputs:
+            continue
+        if (sides := _joint_pads(pool, known[pad.input[1]])) is not None:
+            kept = [attribute for attribute in pool.attribute if attribute.name != "pads"]
+            del pool.attribute[:]
+            pool.attribute.extend([*kept, helper.make_attribute("pads", sides)])
+            pool.input[0] = pad.input[0]
+            out.graph.node.remove(pad)
+    return out
+
+
+def _is_endless(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> bool:
+    if node.op_type != "Pad" or len(node.input) != 3 or not known.keys() >= set(node.input[1:]):
+        return False
+    mode = next((helper.get_attribute_value(attribute) for attribute in node.attribute if attribute.name == "mode"), b"constant")
+    return mode == b"constant" and bool(np.isneginf(known[node.input[2]]))
+
+
+def _joint_pads(pool: onnx.NodeProto, added: np.ndarray) -> list[int] | None:
+    """Of both, begins then ends; None where the pool cannot have them."""
+    told = {attribute.name: helper.get_attribute_value(attribute) for attribute in pool.attribute}
+    kernel, sides = np.array(told["kernel_shape"]), added.reshape(2, -1)
+    own = np.reshape(told.get("pads", [0] * 2 * len(kernel)), (2, -1))
+    joint = own + sides[:, 2:]
+    plain = told.get("auto_pad", b"NOTSET") == b"NOTSET" and not told.get("ceil_mode", 0) and len(pool.output) == 1
+    return (
+        [*map(int, joint.flatten())] if plain and not sides[:, :2].any() and (joint < kernel).all() and (sides >= 0).all() else None
+    )
 
 
 def _convolves(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from fofa_exporters._rewrite import expand_col2im, flatten_scales
+from fofa_exporters._rewrite import absorb_endless_pads, expand_col2im, flatten_scales
 
 CHANNELS = 3
 
@@ -102,3 +102,46 @@ def test_products_of_tensors_and_other_scales_are_left_alone():
         [helper.make_node("Mul", ["out", "out"], ["square"]), helper.make_node("Div", ["square", "factors"], ["end"])]
     )
     assert [node.op_type for node in flatten_scales(model).graph.node] == ["Reshape", "Mul", "Reshape", "Conv", "Mul", "Div"]
+
+
+def _padded(value: float, sides: list[int], **pool: object) -> onnx.ModelProto:
+    """Maps (2,3,9,9) -> padded -> pooled by 3 x 3."""
+    make = helper.make_tensor_value_info
+    tensors = [numpy_helper.from_array(np.array(sides, np.int64), "sides"), numpy_helper.from_array(np.float32(value), "value")]
+    nodes = [
+        helper.make_node("Pad", ["maps", "sides", "value"], ["padded"], name="pad"),
+        helper.make_node("MaxPool", ["padded"], ["pooled"], name="pool", kernel_shape=[3, 3], strides=[2, 2], **pool),
+    ]
+    source, target = make("maps", onnx.TensorProto.FLOAT, [2, 3, 9, 9]), make("pooled", onnx.TensorProto.FLOAT, [2, 3, None, None])
+    graph = helper.make_graph(nodes, "padded", [source], [target], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+AROUND = [0, 0, 0, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("pool", [{}, {"pads": [1, 0, 0, 0]}, {"dilations": [2, 2]}], ids=["plain", "padded", "dilated"])
+def test_padding_with_minus_infinity_becomes_the_pool_s_own(pool):
+    model = _padded(-np.inf, AROUND, **pool)
+    rewritten = absorb_endless_pads(model)
+    onnx.checker.check_model(rewritten, full_check=True)
+    assert [node.op_type for node in rewritten.graph.node] == ["MaxPool"]
+    maps = -1 - np.random.default_rng(0).random((2, 3, 9, 9), np.float32)  # all of them below the zeros of another padding
+    expected, found = (
+        ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"maps": maps})[0]
+        for graph in (model, rewritten)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "sides", "pool"),
+    [
+        pytest.param(0.0, AROUND, {}, id="zeros"),
+        pytest.param(-np.inf, [0, 1, 0, 0, 0, 0, 0, 0], {}, id="channels"),
+        pytest.param(-np.inf, [0, 0, 0, 3, 0, 0, 0, 0], {}, id="as far as the kernel"),
+        pytest.param(-np.inf, AROUND, {"ceil_mode": 1}, id="ceil"),
+    ],
+)
+def test_other_paddings_stay(value, sides, pool):
+    assert [node.op_type for node in absorb_endless_pads(_padded(value, sides, **pool)).graph.node] == ["Pad", "MaxPool"]
