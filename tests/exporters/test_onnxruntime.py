@@ -121,9 +121,9 @@ def test_int8_artifact_runs_int8_kernels(build: Callable[[str, str, str], Built]
 
 def test_transformer_keeps_attention_in_float(build: Callable[[str, str, str], Built]):
     built = next(_static(build, "vit"))
-    floats = [layer for layer in built.artifact.layers if "MatMul" in layer.operator and layer.precision == Precision.FP32]
-    assert len(floats) == 4
-    assert not any(layer.weighted for layer in floats)
+    attention = [layer for layer in built.artifact.layers if layer.operator == "MultiHeadAttention"]
+    assert [(layer.precision, layer.weighted) for layer in attention] == [(Precision.FP32, False)] * 2
+    assert not any("MatMul" in layer.operator and layer.precision == Precision.FP32 for layer in built.artifact.layers)
 
 
 def _static(build: Callable[[str, str, str], Built], kind: str) -> Iterator[Built]:

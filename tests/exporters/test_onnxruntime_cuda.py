@@ -18,11 +18,12 @@ from fofa_deploy.errors import BackendError
 from fofa_deploy.judge import FLOAT_TOLERANCE, precision_problem
 from fofa_deploy.types import Device, Precision, Recipe
 from fofa_exporters import _kernels, _onnx, onnxruntime
+from fofa_exporters import _onnxruntime_recipes as recipes
 
 from .conftest import PREPROCESSING, SIZE, Built, Captured, profile_for, run_in_batches
 
 CUDA = "cuda-onnxruntime"
-HALF = (onnxruntime.FP16, onnxruntime.BF16)
+HALF = (recipes.FP16, recipes.BF16)
 
 
 def _photographs(count: int = 24) -> np.ndarray:
@@ -60,7 +61,7 @@ def test_half_precision_is_offered_for_cuda_alone(captured: dict[str, Captured])
 def test_the_fp16_graph_agrees_with_the_float_one_on_photographs(kind: str, captured: dict[str, Captured], tmp_path: Path):
     """On the CPU, which computes it in float between roundings to half precision."""
     images = _photographs()
-    session = ort.InferenceSession(_written(captured[kind], onnxruntime.FP16, tmp_path), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(_written(captured[kind], recipes.FP16, tmp_path), providers=["CPUExecutionProvider"])
     found, expected = session.run(None, {"images": images})[0], _float_logits(captured[kind], images)
     assert found.dtype == np.float32
     assert np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
@@ -71,14 +72,14 @@ def test_the_fp16_graph_agrees_with_the_float_one_on_photographs(kind: str, capt
 def test_the_bf16_graph_agrees_with_the_float_one_on_photographs(kind: str, captured: dict[str, Captured], tmp_path: Path):
     """By onnx's own evaluator: ONNX Runtime has no CPU kernels for it."""
     images = _photographs(8)
-    evaluator = ReferenceEvaluator(onnx.load(_written(captured[kind], onnxruntime.BF16, tmp_path)))
+    evaluator = ReferenceEvaluator(onnx.load(_written(captured[kind], recipes.BF16, tmp_path)))
     found, expected = evaluator.run(None, {"images": images})[0], _float_logits(captured[kind], images)
     assert found.dtype == np.float32
     assert np.linalg.norm(found - expected) < 2e-2 * np.linalg.norm(expected)
 
 
 def test_what_cuda_has_no_bf16_kernels_for_stays_float(captured: dict[str, Captured], tmp_path: Path):
-    model = onnx.load(_written(captured["cnn"], onnxruntime.BF16, tmp_path))
+    model = onnx.load(_written(captured["cnn"], recipes.BF16, tmp_path))
     assert next(opset.version for opset in model.opset_import if not opset.domain) == 22, "earlier convolutions cannot be in bf16"
     onnx.checker.check_model(model, full_check=True)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
@@ -93,8 +94,8 @@ def test_what_cuda_has_no_bf16_kernels_for_stays_float(captured: dict[str, Captu
 @pytest.mark.parametrize("kind", ["cnn", "vit"])
 def test_half_precision_that_runs_in_float_is_refused(kind: str, captured: dict[str, Captured], tmp_path: Path):
     """The CPU provider wraps every product in casts: the file is fp16, the kernels are not."""
-    options = {**onnxruntime.FP16.options, "provider": "CPUExecutionProvider"}
-    recipe = onnxruntime.FP16.model_copy(update={"options": options})
+    options = {**recipes.FP16.options, "provider": "CPUExecutionProvider"}
+    recipe = recipes.FP16.model_copy(update={"options": options})
     artifact = get_backend("onnxruntime").build(captured[kind].graph, recipe, None, tmp_path)
     weighted = {layer.precision for layer in artifact.layers if layer.weighted}
     assert weighted == {Precision.FP32}
@@ -103,7 +104,7 @@ def test_half_precision_that_runs_in_float_is_refused(kind: str, captured: dict[
 
 def test_what_the_profile_says_is_what_counts(captured: dict[str, Captured], tmp_path: Path):
     """Events as onnxruntime-gpu 1.31 writes them."""
-    model = onnx.load(_written(captured["vit"], onnxruntime.FP16, tmp_path))
+    model = onnx.load(_written(captured["vit"], recipes.FP16, tmp_path))
     weighted = _onnx.weighted(model)
     silent = _kernels.layers(model, [], "CUDAExecutionProvider")
     assert {row.precision for row in silent if row.weighted} == {Precision.FP32}, "nothing said, nothing proved"

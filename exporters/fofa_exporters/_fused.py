@@ -1,0 +1,224 @@
+"""onnxruntime's own operators in place of what exporters write out in many: GELU and attention.
+
+They compute the same without the copies in between. A pattern is replaced where it is whole; what nobody reads any more goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+DOMAIN = "com.microsoft"
+_BY_HEADS = [2, 0, 3, 1, 4]
+"""(B,N,3,H,D) -> (3,B,H,N,D)."""
+
+
+def fused(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with those operators; the same graph where there is nothing to fuse."""
+    graph = _Graph(model)
+    for rule in _RULES:
+        for node in list(graph.nodes):
+            if found := rule(graph, node):
+                graph.replace(*found)
+    return graph.model() if graph.changed else model
+
+
+class _Graph:
+    """A copy of a model that knows who writes a tensor and what is constant."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._model = onnx.ModelProto()
+        self._model.CopyFrom(model)
+        self.nodes = list(self._model.graph.node)
+        self.changed = False
+        self._known = {tensor.name: tensor for tensor in self._model.graph.initializer}
+        self._writers = {name: node for node in self.nodes for name in node.output}
+
+    def before(self, name: str, kind: str) -> onnx.NodeProto | None:
+        """Who writes a tensor, where that is an operator of this kind."""
+        node = self._writers.get(name)
+        return node if node is not None and node.op_type == kind else None
+
+    def value(self, name: str) -> np.ndarray | None:
+        """Of a constant."""
+        return numpy_helper.to_array(self._known[name]) if name in self._known else None
+
+    def number(self, name: str) -> float | None:
+        """Of a constant of one element."""
+        value = self.value(name)
+        return float(value.item()) if value is not None and value.size == 1 else None
+
+    def replace(self, old: list[onnx.NodeProto], new: list[onnx.NodeProto], tensors: Iterable[onnx.TensorProto] = ()) -> None:
+        """Put the new nodes where the first of the old ones was."""
+        place = next(place for place, node in enumerate(self.nodes) if node is old[0])
+        self.nodes[place:place] = new
+        self.nodes = [node for node in self.nodes if not any(node is gone for gone in old)]
+        self._writers |= {name: node for node in new for name in node.output}
+        self._known |= {tensor.name: tensor for tensor in tensors}
+        self.changed = True
+
+    def model(self) -> onnx.ModelProto:
+        """The nodes and constants that an output needs."""
+        graph, needed, kept = self._model.graph, {value.name for value in self._model.graph.output}, []
+        for node in reversed(self.nodes):
+            if needed & set(node.output):
+                needed |= set(node.input)
+                kept.append(node)
+        nodes, tensors = kept[::-1], [tensor for name, tensor in self._known.items() if name in needed]
+        shapes = [value for value in graph.value_info if value.name in needed]
+        for field, found in ((graph.node, nodes), (graph.initializer, tensors), (graph.value_info, shapes)):
+            copied = [type(one).FromString(one.SerializeToString()) for one in found]
+            del field[:]
+            field.extend(copied)
+        if DOMAIN not in {opset.domain for opset in self._model.opset_import}:
+            self._model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+        return self._model
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+class _Replacement(NamedTuple):
+    old: list[onnx.NodeProto]
+    new: list[onnx.NodeProto]
+    tensors: tuple[onnx.TensorProto, ...] = ()
+
+
+# --- rules --------------------------------------------------------------------------------------------------------
+
+
+def _gelu(graph: _Graph, node: onnx.NodeProto) -> _Replacement | None:
+    """x * 0.5 * (1 + erf(x / sqrt 2)), in any order of the factors."""
+    if node.op_type != "Mul":
+        return None
+    factors = [part for name in node.input for part in _factors(graph, name)]
+    halves = [name for name in factors if graph.number(name) == 0.5]
+    rest = [name for name in factors if name not in halves]
+    for name, other in (rest, rest[::-1]) if (len(halves), len(rest)) == (1, 2) else ():
+        if _erf_of(graph, other) == name:
+            gelu = helper.make_node("Gelu", [name], [node.output[0]], name=f"{node.name}.gelu", domain=DOMAIN)
+            return _Replacement([node], [gelu])
+    return None
+
+
+def _factors(graph: _Graph, name: str) -> list[str]:
+    product = graph.before(name, "Mul")
+    return list(product.input) if product is not None else [name]
+
+
+def _erf_of(graph: _Graph, name: str) -> str | None:
+    """x, of 1 + erf(x / sqrt 2)."""
+    added = graph.before(name, "Add")
+    erf = next(filter(None, (graph.before(part, "Erf") for part in added.input)), None) if added is not None else None
+    if added is None or erf is None or 1.0 not in map(graph.number, added.input):
+        return None
+    for kind, factor in (("Div", math.sqrt(2)), ("Mul", math.sqrt(0.5))):
+        scaled = graph.before(erf.input[0], kind)
+        if scaled is not None and math.isclose(graph.number(scaled.input[1]) or 0.0, factor, rel_tol=1e-6):
+            return str(scaled.input[0])
+    return None
+
+
+def _attention(graph: _Graph, node: onnx.NodeProto) -> _Replacement | None:
+    """softmax(q k^T * scale) v of queries, keys and values that lie side by side in one tensor (B,N,3C) -> (B,N,C)."""
+    turned = graph.before(node.input[0], "Transpose") if node.op_type == "Reshape" else None
+    context = graph.before(turned.input[0], "MatMul") if turned is not None and _turns(turned, [0, 2, 1, 3]) else None
+    softmax = graph.before(context.input[0], "Softmax") if context is not None else None
+    if context is None or softmax is None or _attributes(softmax).get("axis", -1) not in (-1, 3):
+        return None
+    scores, outer = _scaled(graph, softmax.input[0])
+    product = graph.before(scores, "MatMul")
+    if product is None:
+        return None
+    (query, one), (key, two) = (_scaled(graph, name) for name in product.input)
+    parts = [_part(graph, name) for name in (query, _untransposed(graph, key), context.input[1])]
+    shape = graph.value(node.input[1])
+    first = parts[0]
+    if first is None or parts != [first._replace(place=place) for place in range(3)] or shape is None:
+        return None
+    width = first.heads * first.depth
+    if len(shape) != 3 or int(shape[2]) not in (width, -1):
+        return None
+    name = node.output[0]
+    split = helper.make_node("Split", [first.source, f"{name}.widths"], [f"{name}.{part}" for part in "qkv"], axis=2)
+    joined = helper.make_node(
+        "MultiHeadAttention", split.output, [name], f"{node.name}.attention", domain=DOMAIN,
+        num_heads=first.heads, scale=outer * one * two,
+    )  # fmt: skip
+    return _Replacement([node], [split, joined], (numpy_helper.from_array(np.array([width] * 3), f"{name}.widths"),))
+
+
+class _Part(NamedTuple):
+    """One of queries, keys and values: which of them, and the tensor (B,N,3*heads*depth) that it is cut from."""
+
+    source: str
+    place: int
+    heads: int
+    depth: int
+
+
+def _part(graph: _Graph, name: str) -> _Part | None:
+    """Cut before the axes are turned or after it: exporters write the one, onnxruntime's optimizer makes the other of it."""
+    gathered, squeezed = graph.before(name, "Gather"), graph.before(name, "Squeeze")
+    inner = squeezed.input[0] if squeezed is not None and len(squeezed.input) > 1 and graph.number(squeezed.input[1]) == 0 else ""
+    if whole := _unturned(graph, inner):
+        found = _entry(graph, whole, 2)
+    else:
+        found = _gathered(graph, gathered) if gathered is not None else _entry(graph, inner, 0)
+        found = found and (_unturned(graph, found[0]), found[1])
+    reshaped = graph.before(found[0], "Reshape") if found else None
+    shape = graph.value(reshaped.input[1]) if reshaped is not None else None
+    if found is None or reshaped is None or shape is None or len(shape) != 5 or shape[2] != 3 or (shape[3:] <= 0).any():
+        return None
+    return _Part(reshaped.input[0], found[1], int(shape[3]), int(shape[4]))
+
+
+def _unturned(graph: _Graph, name: str) -> str:
+    turned = graph.before(name, "Transpose")
+    return str(turned.input[0]) if turned is not None and _turns(turned, _BY_HEADS) else ""
+
+
+def _gathered(graph: _Graph, node: onnx.NodeProto) -> tuple[str, int] | None:
+    place = graph.number(node.input[1])
+    return (node.input[0], int(place)) if place is not None and not _attributes(node).get("axis", 0) else None
+
+
+def _entry(graph: _Graph, name: str, axis: int) -> tuple[str, int] | None:
+    """The tensor of which this is one entry along an axis, and which one."""
+    if (split := graph.before(name, "Split")) is not None:
+        return (split.input[0], list(split.output).index(name)) if _attributes(split).get("axis", 0) == axis else None
+    sliced = graph.before(name, "Slice")
+    bounds = [graph.number(bound) for bound in sliced.input[1:4]] if sliced is not None else []
+    if sliced is None or len(bounds) < 3 or bounds[0] is None or bounds[1:] != [bounds[0] + 1, axis]:
+        return None
+    return sliced.input[0], int(bounds[0])
+
+
+def _untransposed(graph: _Graph, name: str) -> str:
+    """The keys whose last two axes are swapped: directly, or, as PyTorch's exporter does it, on three axes between two reshapes."""
+    if (turned := graph.before(name, "Transpose")) is not None and _turns(turned, [0, 1, 3, 2]):
+        return str(turned.input[0])
+    last = graph.before(name, "Reshape")
+    turned = graph.before(last.input[0], "Transpose") if last is not None else None
+    first = graph.before(turned.input[0], "Reshape") if turned is not None and _turns(turned, [0, 2, 1]) else None
+    return str(first.input[0]) if first is not None else name
+
+
+def _turns(node: onnx.NodeProto, order: list[int]) -> bool:
+    return _attributes(node).get("perm") == order
+
+
+def _scaled(graph: _Graph, name: str) -> tuple[str, float]:
+    """A tensor and the number that it is multiplied by."""
+    product = graph.before(name, "Mul")
+    number = graph.number(product.input[1]) if product is not None else None
+    return (product.input[0], number) if product is not None and number is not None else (name, 1.0)
+
+
+_RULES: tuple[Callable[[_Graph, onnx.NodeProto], _Replacement | None], ...] = (_gelu, _attention)

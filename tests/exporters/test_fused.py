@@ -1,0 +1,139 @@
+"""Fused operators say the same as what they stand for, and stand for nothing else."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+from fofa_exporters._fused import fused
+from fofa_exporters._quantization import prepare
+
+from .conftest import Captured
+
+TOKENS, HEADS, DEPTH = 5, 2, 4
+WIDTH = HEADS * DEPTH
+Lines = Sequence[tuple[str, Sequence[str], str, dict[str, object]]]
+
+
+def model(lines: Lines, constants: dict[str, object], width: int, rank: int = 3) -> onnx.ModelProto:
+    """Operators from ``x`` (batch,TOKENS,width) to ``y``."""
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    nodes = [helper.make_node(kind, inputs, [output], name=output, **options) for kind, inputs, output, options in lines]
+    source = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["batch", TOKENS, width])
+    target = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [None] * rank)
+    graph = helper.make_graph(nodes, "pattern", [source], [target], tensors)
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(made, full_check=True)
+    return made
+
+
+def kinds(graph: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in graph.graph.node)
+
+
+def same(one: onnx.ModelProto, other: onnx.ModelProto, width: int, batch: int) -> bool:
+    x = 3 * np.random.default_rng(0).standard_normal((batch, TOKENS, width)).astype(np.float32)
+    left, right = (
+        ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        for graph in (one, other)
+    )
+    return np.allclose(left, right, rtol=1e-5, atol=1e-5)
+
+
+# --- GELU
+
+
+def gelu(*products: tuple[list[str], str], half: float = 0.5, one: float = 1.0, root: float = 2**0.5) -> onnx.ModelProto:
+    lines = [
+        ("Div", ["x", "root"], "scaled", {}),
+        ("Erf", ["scaled"], "erf", {}),
+        ("Add", ["erf", "one"], "sum", {}),
+        *(("Mul", inputs, output, {}) for inputs, output in products),
+    ]
+    return model(lines, {"root": np.float32(root), "one": np.float32(one), "half": np.float32(half)}, WIDTH)
+
+
+ORDERS = {
+    "half of the sum": ((["half", "sum"], "m"), (["x", "m"], "y")),
+    "half of the product": ((["x", "sum"], "m"), (["m", "half"], "y")),
+    "half of x": ((["x", "half"], "m"), (["m", "sum"], "y")),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_gelu_is_found_in_any_order(order):
+    written = gelu(*ORDERS[order])
+    assert kinds(fused(written)) == {"Gelu": 1}
+    assert same(written, fused(written), WIDTH, 2)
+
+
+@pytest.mark.parametrize("wrong", [{"half": 0.4}, {"one": 1.5}, {"root": 1.0}], ids=str)
+def test_what_is_nearly_gelu_stays(wrong):
+    written = gelu(*ORDERS["half of the sum"], **wrong)
+    assert fused(written) is written
+
+
+def test_gelu_of_another_tensor_stays():
+    written = gelu((["half", "sum"], "m"), (["erf", "m"], "y"))
+    assert fused(written) is written
+
+
+# --- attention
+
+
+def attention(places: Sequence[int] = (0, 1, 2), turn: Sequence[int] = (0, 1, 3, 2), axis: int = -1) -> onnx.ModelProto:
+    """Queries, keys and values as exporters cut them; ``places`` says which of the three each is."""
+    constants: dict[str, object] = {"heads": np.array([-1, TOKENS, 3, HEADS, DEPTH]), "rows": np.array([-1, TOKENS, WIDTH])}
+    constants |= {f"{place}": np.array(place) for place in range(3)} | {"scale": np.float32(DEPTH**-0.5)}
+    lines = [
+        ("Reshape", ["x", "heads"], "split", {}),
+        ("Transpose", ["split"], "turned", {"perm": [2, 0, 3, 1, 4]}),
+        *(("Gather", ["turned", f"{place}"], name, {"axis": 0}) for name, place in zip("qkv", places, strict=True)),
+        ("Mul", ["q", "scale"], "scaled", {}),
+        ("Transpose", ["k"], "keys", {"perm": list(turn)}),
+        ("MatMul", ["scaled", "keys"], "scores", {}),
+        ("Softmax", ["scores"], "weights", {"axis": axis}),
+        ("MatMul", ["weights", "v"], "mixed", {}),
+        ("Transpose", ["mixed"], "back", {"perm": [0, 2, 1, 3]}),
+        ("Reshape", ["back", "rows"], "y", {}),
+    ]
+    return model(lines, constants, 3 * WIDTH)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_is_one_operator(batch):
+    written = attention()
+    assert kinds(fused(written)) == {"Split": 1, "MultiHeadAttention": 1}
+    assert same(written, fused(written), 3 * WIDTH, batch)
+
+
+@pytest.mark.parametrize("wrong", [{"places": (0, 2, 1)}, {"places": (1, 0, 2)}, {"axis": 2}], ids=str)
+def test_what_is_nearly_attention_stays(wrong):
+    written = attention(**wrong)
+    assert fused(written) is written
+
+
+def test_a_captured_transformer_is_fused_as_it_is_and_as_it_is_prepared(captured: dict[str, Captured]):
+    graph = captured["vit"].graph
+    written = onnx.load(graph.path)
+    blocks = kinds(written)["Softmax"]
+    assert blocks
+    for form in (written, prepare(written)):
+        found = fused(form)
+        assert (kinds(found)["MultiHeadAttention"], kinds(found)["Gelu"]) == (blocks, blocks)
+        assert not kinds(found)["Softmax"] + kinds(found)["Erf"]
+        assert len(found.graph.initializer) <= len(form.graph.initializer) + blocks
+        session = ort.InferenceSession(found.SerializeToString(), providers=["CPUExecutionProvider"])
+        logits = session.run(None, {session.get_inputs()[0].name: captured["vit"].inputs})[0]
+        np.testing.assert_allclose(logits, captured["vit"].logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_without_either_is_left_alone(captured: dict[str, Captured]):
+    written = onnx.load(captured["cnn"].graph.path)
+    assert fused(written) is written
