@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
-from fofa_exporters._fused import fused
+from fofa_exporters._fused import fused, written_out
 from fofa_exporters._quantization import prepare
 
 from .conftest import Captured
@@ -82,6 +82,15 @@ def test_what_is_nearly_gelu_stays(wrong):
 def test_gelu_of_another_tensor_stays():
     written = gelu((["half", "sum"], "m"), (["erf", "m"], "y"))
     assert fused(written) is written
+
+
+def test_the_parts_of_a_gelu_are_named_and_nothing_beside_them():
+    written = gelu(*ORDERS["half of the sum"])
+    written.graph.node[-1].output[0] = "gelu"
+    written.graph.node.append(helper.make_node("Add", ["gelu", "shift"], ["y"], name="shifted"))
+    written.graph.initializer.append(numpy_helper.from_array(np.ones(WIDTH, np.float32), "shift"))
+    assert written_out(written) == ["y", "m", "sum", "erf", "scaled"]
+    assert not written_out(attention())
 
 
 # --- attention

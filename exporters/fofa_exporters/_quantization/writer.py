@@ -11,6 +11,7 @@ import onnx
 
 from fofa_deploy.types import Calibration
 from fofa_exporters import _onnx
+from fofa_exporters._fused import written_out
 from fofa_exporters._quantization import recover
 from fofa_exporters._quantization.observed import Observed
 from fofa_exporters._quantization.ranges import ranges
@@ -37,7 +38,8 @@ def quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme) 
         prepared, statistics = recover.smoothed(prepared, statistics, scheme.smoothing)
     if scheme.ranges == BEST:
         scheme = replace(scheme, ranges=best_ranges(prepared, statistics, calibration, scheme))
-    written = _write(prepared, statistics, scheme, most_sensitive(seen.errors, scheme.float_share))
+    in_float = [*most_sensitive(seen.errors, scheme.float_share), *written_out(prepared)]
+    written = _write(prepared, statistics, scheme, in_float)
     if scheme.learned_rounding or scheme.bias_correction:
         recover.refine(written, prepared, statistics, calibration, scheme)
     return written
