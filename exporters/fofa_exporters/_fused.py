@@ -6,14 +6,16 @@ They compute the same without the copies in between. A pattern is replaced where
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, shape_inference
 
 DOMAIN = "com.microsoft"
+_SWAPPED = [0, 2, 1, 3]
+"""(B,N,H,D) -> (B,H,N,D), and back."""
 _BY_HEADS = [2, 0, 3, 1, 4]
 """(B,N,3,H,D) -> (3,B,H,N,D)."""
 
@@ -38,7 +40,7 @@ def written_out(model: onnx.ModelProto) -> list[str]:
 
 
 class _Graph:
-    """A copy of a model that knows who writes a tensor and what is constant."""
+    """A copy of a model that knows who writes a tensor, what is constant, and shapes as far as they can be inferred."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model = onnx.ModelProto()
@@ -46,7 +48,10 @@ class _Graph:
         self.nodes = list(self._model.graph.node)
         self.changed = False
         self._known = {tensor.name: tensor for tensor in self._model.graph.initializer}
+        self._written = {node.output[0]: node for node in self.nodes if node.op_type == "Constant"}
         self._writers = {name: node for node in self.nodes for name in node.output}
+        inferred = shape_inference.infer_shapes(model).graph
+        self.shapes = {value.name: _shape(value) for value in (*inferred.value_info, *inferred.input)}
 
     def before(self, name: str, kind: str) -> onnx.NodeProto | None:
         """Who writes a tensor, where that is an operator of this kind."""
@@ -55,7 +60,10 @@ class _Graph:
 
     def value(self, name: str) -> np.ndarray | None:
         """Of a constant."""
-        return numpy_helper.to_array(self._known[name]) if name in self._known else None
+        if name in self._known:
+            return numpy_helper.to_array(self._known[name])
+        tensor = _attributes(self._written[name]).get("value") if name in self._written else None
+        return numpy_helper.to_array(tensor) if tensor is not None else None
 
     def number(self, name: str) -> float | None:
         """Of a constant of one element."""
@@ -95,6 +103,10 @@ class _Graph:
         if DOMAIN not in {opset.domain for opset in self._model.opset_import}:
             self._model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
         return self._model
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
+    return tuple(side.dim_value or side.dim_param for side in value.type.tensor_type.shape.dim)
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
@@ -143,9 +155,9 @@ def _erf_of(graph: _Graph, name: str) -> str | None:
 
 
 def _attention(graph: _Graph, node: onnx.NodeProto) -> _Replacement | None:
-    """softmax(q k^T * scale) v of queries, keys and values that lie side by side in one tensor (B,N,3C) -> (B,N,C)."""
+    """softmax(q k^T * scale) v, brought back from (B,H,N,D) to (B,N,C)."""
     turned = graph.before(node.input[0], "Transpose") if node.op_type == "Reshape" else None
-    context = graph.before(turned.input[0], "MatMul") if turned is not None and _turns(turned, [0, 2, 1, 3]) else None
+    context = graph.before(turned.input[0], "MatMul") if turned is not None and _turns(turned, _SWAPPED) else None
     softmax = graph.before(context.input[0], "Softmax") if context is not None else None
     if context is None or softmax is None or _attributes(softmax).get("axis", -1) not in (-1, 3):
         return None
@@ -154,51 +166,79 @@ def _attention(graph: _Graph, node: onnx.NodeProto) -> _Replacement | None:
     if product is None:
         return None
     (query, one), (key, two) = (_scaled(graph, name) for name in product.input)
-    parts = [_part(graph, name) for name in (query, _untransposed(graph, key), context.input[1])]
+    parts = [_part(graph, query), _keys(graph, key), _part(graph, context.input[1])]
+    known = [part for part in parts if part is not None]
+    if len(known) < 3 or len({(part.heads, part.depth) for part in known}) > 1:
+        return None
+    return _joined(graph, node, known, outer * one * two)
+
+
+def _joined(graph: _Graph, node: onnx.NodeProto, parts: Sequence[_Part], scale: float) -> _Replacement | None:
+    """One operator on three tensors (B,N,C), cut from wider ones where they lie side by side."""
+    name, heads, width = node.output[0], parts[0].heads, parts[0].heads * parts[0].depth
     shape = graph.value(node.input[1])
-    first = parts[0]
-    if first is None or parts != [first._replace(place=place) for place in range(3)] or shape is None:
+    if shape is None or len(shape) != 3 or int(shape[2]) not in (width, -1):
         return None
-    width = first.heads * first.depth
-    if len(shape) != 3 or int(shape[2]) not in (width, -1):
-        return None
-    name = node.output[0]
-    split = helper.make_node("Split", [first.source, f"{name}.widths"], [f"{name}.{part}" for part in "qkv"], axis=2)
+    cuts: dict[str, onnx.NodeProto] = {}
+    tensors = []
+    for part in parts:
+        if part.parts > 1 and part.source not in cuts:
+            outputs = [f"{name}.{len(cuts)}.{place}" for place in range(part.parts)]
+            tensors.append(numpy_helper.from_array(np.array([width] * part.parts), f"{name}.{len(cuts)}.widths"))
+            cuts[part.source] = helper.make_node("Split", [part.source, tensors[-1].name], outputs, axis=2)
+    inputs = [cuts[part.source].output[part.place] if part.parts > 1 else part.source for part in parts]
     joined = helper.make_node(
-        "MultiHeadAttention", split.output, [name], f"{node.name}.attention", domain=DOMAIN,
-        num_heads=first.heads, scale=outer * one * two,
-    )  # fmt: skip
-    return _Replacement([node], [split, joined], (numpy_helper.from_array(np.array([width] * 3), f"{name}.widths"),))
+        "MultiHeadAttention", inputs, [name], f"{node.name}.attention", domain=DOMAIN, num_heads=heads, scale=scale
+    )
+    return _Replacement([node], [*cuts.values(), joined], tuple(tensors))
 
 
 class _Part(NamedTuple):
-    """One of queries, keys and values: which of them, and the tensor (B,N,3*heads*depth) that it is cut from."""
+    """Queries, keys or values: the tensor (B,N,parts*heads*depth) that they lie in, and which part of it they are."""
 
     source: str
     place: int
+    parts: int
     heads: int
     depth: int
 
 
 def _part(graph: _Graph, name: str) -> _Part | None:
     """Cut before the axes are turned or after it: exporters write the one, onnxruntime's optimizer makes the other of it."""
+    if (alone := _reshaped(graph, _unturned(graph, name, _SWAPPED), 2)) is not None:
+        return _Part(alone[0], 0, 1, *alone[1])
     gathered, squeezed = graph.before(name, "Gather"), graph.before(name, "Squeeze")
     inner = squeezed.input[0] if squeezed is not None and len(squeezed.input) > 1 and graph.number(squeezed.input[1]) == 0 else ""
-    if whole := _unturned(graph, inner):
+    if whole := _unturned(graph, inner, _BY_HEADS):
         found = _entry(graph, whole, 2)
     else:
         found = _gathered(graph, gathered) if gathered is not None else _entry(graph, inner, 0)
-        found = found and (_unturned(graph, found[0]), found[1])
-    reshaped = graph.before(found[0], "Reshape") if found else None
-    shape = graph.value(reshaped.input[1]) if reshaped is not None else None
-    if found is None or reshaped is None or shape is None or len(shape) != 5 or shape[2] != 3 or (shape[3:] <= 0).any():
+        found = found and (_unturned(graph, found[0], _BY_HEADS), found[1])
+    reshaped = _reshaped(graph, found[0], 3) if found else None
+    return _Part(reshaped[0], found[1], *reshaped[1]) if found and reshaped else None
+
+
+def _keys(graph: _Graph, name: str) -> _Part | None:
+    """Keys with the last two axes swapped."""
+    if (alone := _reshaped(graph, _unturned(graph, name, [0, 2, 3, 1]), 2)) is not None:
+        return _Part(alone[0], 0, 1, *alone[1])
+    return _part(graph, _untransposed(graph, name))
+
+
+def _reshaped(graph: _Graph, name: str, axes: int) -> tuple[str, list[int]] | None:
+    """The tensor (B,N,C) whose last axis was split into this many, and their lengths."""
+    node = graph.before(name, "Reshape")
+    shape = graph.value(node.input[1]) if node is not None else None
+    before = graph.shapes.get(node.input[0], ()) if node is not None else ()
+    if node is None or shape is None or len(shape) != 2 + axes or len(before) != 3 or shape[1] != before[1]:
         return None
-    return _Part(reshaped.input[0], found[1], int(shape[3]), int(shape[4]))
+    split = [int(side) for side in shape[2:]]
+    return (str(node.input[0]), split) if math.prod(split) == before[2] and min(split) > 0 else None
 
 
-def _unturned(graph: _Graph, name: str) -> str:
+def _unturned(graph: _Graph, name: str, order: list[int]) -> str:
     turned = graph.before(name, "Transpose")
-    return str(turned.input[0]) if turned is not None and _turns(turned, _BY_HEADS) else ""
+    return str(turned.input[0]) if turned is not None and _turns(turned, order) else ""
 
 
 def _gathered(graph: _Graph, node: onnx.NodeProto) -> tuple[str, int] | None:

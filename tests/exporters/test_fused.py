@@ -96,16 +96,16 @@ def test_the_parts_of_a_gelu_are_named_and_nothing_beside_them():
 # --- attention
 
 
-def attention(places: Sequence[int] = (0, 1, 2), turn: Sequence[int] = (0, 1, 3, 2), axis: int = -1) -> onnx.ModelProto:
-    """Queries, keys and values as exporters cut them; ``places`` says which of the three each is."""
-    constants: dict[str, object] = {"heads": np.array([-1, TOKENS, 3, HEADS, DEPTH]), "rows": np.array([-1, TOKENS, WIDTH])}
+def attention(places: Sequence[int] = (0, 1, 2), tokens: int = TOKENS, axis: int = -1) -> onnx.ModelProto:
+    """Queries, keys and values as exporters cut them; ``places``: which of the three each is, ``tokens``: how many see each other."""
+    constants: dict[str, object] = {"heads": np.array([-1, tokens, 3, HEADS, DEPTH]), "rows": np.array([-1, TOKENS, WIDTH])}
     constants |= {f"{place}": np.array(place) for place in range(3)} | {"scale": np.float32(DEPTH**-0.5)}
     lines = [
         ("Reshape", ["x", "heads"], "split", {}),
         ("Transpose", ["split"], "turned", {"perm": [2, 0, 3, 1, 4]}),
         *(("Gather", ["turned", f"{place}"], name, {"axis": 0}) for name, place in zip("qkv", places, strict=True)),
         ("Mul", ["q", "scale"], "scaled", {}),
-        ("Transpose", ["k"], "keys", {"perm": list(turn)}),
+        ("Transpose", ["k"], "keys", {"perm": [0, 1, 3, 2]}),
         ("MatMul", ["scaled", "keys"], "scores", {}),
         ("Softmax", ["scores"], "weights", {"axis": axis}),
         ("MatMul", ["weights", "v"], "mixed", {}),
@@ -115,14 +115,35 @@ def attention(places: Sequence[int] = (0, 1, 2), turn: Sequence[int] = (0, 1, 3,
     return model(lines, constants, 3 * WIDTH)
 
 
+@pytest.mark.parametrize("places", [(0, 1, 2), (2, 0, 1)], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_attention_is_one_operator(batch):
-    written = attention()
+def test_attention_is_one_operator(batch, places):
+    written = attention(places)
     assert kinds(fused(written)) == {"Split": 1, "MultiHeadAttention": 1}
     assert same(written, fused(written), 3 * WIDTH, batch)
 
 
-@pytest.mark.parametrize("wrong", [{"places": (0, 2, 1)}, {"places": (1, 0, 2)}, {"axis": 2}], ids=str)
+def test_attention_on_tensors_of_their_own_is_one_operator():
+    """Queries of one tensor, keys turned at once and values of another."""
+    constants = {"heads": np.array([-1, TOKENS, HEADS, DEPTH]), "rows": np.array([-1, TOKENS, WIDTH]), "two": np.float32(2)}
+    lines = [
+        ("Mul", ["x", "two"], "other", {}),
+        *(("Reshape", [source, "heads"], f"{name}h", {}) for source, name in zip(("x", "x", "other"), "qkv", strict=True)),
+        ("Transpose", ["qh"], "q", {"perm": [0, 2, 1, 3]}),
+        ("Transpose", ["kh"], "k", {"perm": [0, 2, 3, 1]}),
+        ("Transpose", ["vh"], "v", {"perm": [0, 2, 1, 3]}),
+        ("MatMul", ["q", "k"], "scores", {}),
+        ("Softmax", ["scores"], "weights", {"axis": -1}),
+        ("MatMul", ["weights", "v"], "mixed", {}),
+        ("Transpose", ["mixed"], "back", {"perm": [0, 2, 1, 3]}),
+        ("Reshape", ["back", "rows"], "y", {}),
+    ]
+    written = model(lines, constants, WIDTH)
+    assert kinds(fused(written)) == {"Mul": 1, "MultiHeadAttention": 1}
+    assert same(written, fused(written), WIDTH, 2)
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 1}, {"axis": 2}], ids=str)
 def test_what_is_nearly_attention_stays(wrong):
     written = attention(**wrong)
     assert fused(written) is written
