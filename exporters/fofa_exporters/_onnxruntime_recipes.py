@@ -42,7 +42,7 @@ def _dynamic(name: str, scales: str, **options: bool) -> Recipe:
         name=name,
         precision=Precision.INT8,
         description=f"weights of matrix products in int8 {scales}, activations quantized while running; needs no calibration",
-        options={"method": "dynamic", **options},
+        options={"method": "dynamic", "fused": True, **options},
     )
 
 
@@ -59,7 +59,7 @@ def _static(name: str, description: str, **options: bool) -> Recipe:
         precision=Precision.INT8,
         description=f"u8 activations, s8 weights per channel, Q/DQ; {description}",
         needs_calibration=True,
-        options={"method": "static", **options},
+        options={"method": "static", "fused": True, **options},
     )
 
 

@@ -150,7 +150,8 @@ def _write_fused(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibrati
 
 
 def _write_static(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None, main: Path) -> None:
-    onnx.save(fused(quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe))), main)
+    written = quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe))
+    onnx.save(fused(written) if recipe.options.get("fused") else written, main)
 
 
 def _write_dynamic(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None, main: Path) -> None:
@@ -158,7 +159,7 @@ def _write_dynamic(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibra
 
     with TemporaryDirectory() as scratch, _onnx.quiet():
         source = Path(scratch) / "prepared.onnx"
-        onnx.save(prepare(fused(model)), source)
+        onnx.save(prepare(fused(model) if recipe.options.get("fused") else model), source)
         quantize_dynamic(
             source,
             main,

@@ -97,7 +97,12 @@ def test_the_parts_of_a_gelu_are_named_and_nothing_beside_them():
 
 
 def attention(places: Sequence[int] = (0, 1, 2), tokens: int = TOKENS, axis: int = -1) -> onnx.ModelProto:
-    """Queries, keys and values as exporters cut them; ``places``: which of the three each is, ``tokens``: how many see each other."""
+    """Queries, keys and values as exporters cut them.
+
+    Args:
+        places: which of the three each is.
+        tokens: how many see each other.
+    """
     constants: dict[str, object] = {"heads": np.array([-1, tokens, 3, HEADS, DEPTH]), "rows": np.array([-1, TOKENS, WIDTH])}
     constants |= {f"{place}": np.array(place) for place in range(3)} | {"scale": np.float32(DEPTH**-0.5)}
     lines = [
