@@ -6,6 +6,7 @@ hint, and it is read back after compiling; AUTO, which would pick a device silen
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
@@ -330,10 +331,11 @@ def _read(source: onnx.ModelProto, recipe: Recipe, calibration: Calibration | No
     pairs = recipe.options.get("method") == "qdq"
     if pairs:
         source = quantized(source, require_calibration(recipe, calibration), Scheme.of(recipe))
-    model = _core().read_model(flatten_scales(source).SerializeToString())
+    written = flatten_scales(source).SerializeToString()
     if pairs or recipe.precision is not Precision.INT8:
-        return model
-    return nncf_quantized(model, recipe, require_calibration(recipe, calibration))
+        return _core().read_model(written)
+    # Conversion folds the reshaping of depthwise weights; NNCF's steps before one that is left would keep those layers in float.
+    return nncf_quantized(ov.convert_model(io.BytesIO(written)), recipe, require_calibration(recipe, calibration))
 
 
 # --- what really runs ---------------------------------------------------------------------------------------------

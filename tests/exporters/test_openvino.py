@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import openvino as ov
 import pytest
+from onnx import helper, numpy_helper
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, BuildError
@@ -143,3 +145,27 @@ def test_the_cache_that_mixes_up_batch_sizes_is_left_out_where_they_change(
         for size in (fixed, max(profile.execution.batch_sizes) + 1):
             run_in_batches(session, built.captured.inputs[:size], size)
     assert watched.told == [None, 0]
+
+
+def test_depthwise_convolutions_are_in_int8_too(captured: dict[str, Captured]):
+    """Their weights are reshaped in between, where NNCF's steps would stay apart from them."""
+    calibration, rng = captured["cnn"].calibration, np.random.default_rng(0)
+    shapes = {"dense": (8, 3, 3, 3), "depthwise": (8, 1, 3, 3), "head": (10, 8, 1, 1)}
+    weights = [numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name) for name, shape in shapes.items()]
+    nodes = [
+        helper.make_node("Conv", [calibration.sidecar.input.name, "dense"], ["a"], name="one", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], name="two"),
+        helper.make_node("Conv", ["b", "depthwise"], ["c"], name="three", group=8, pads=[1] * 4),
+        helper.make_node("Relu", ["c"], ["d"], name="four"),
+        helper.make_node("Conv", ["d", "head"], ["e"], name="five"),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", channels, 32, 32])
+        for name, channels in ((calibration.sidecar.input.name, 3), ("e", 10))
+    ]
+    source = helper.make_model(
+        helper.make_graph(nodes, "g", ends[:1], ends[1:], weights), opset_imports=[helper.make_opsetid("", 18)]
+    )
+    model = openvino._read(source, openvino._nncf(Precision.FP32, transformer=False), calibration)
+    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert [row.precision for row in openvino.layer_table(compiled) if row.weighted] == [Precision.INT8] * 3
