@@ -233,6 +233,11 @@ class Recipe(Frozen):
         exclude_if=lambda dear: not dear,
         description="takes far longer to build than others of its precision: candidates are timed by those first",
     )
+    on_request: bool = Field(
+        default=False,
+        exclude_if=lambda on_request: not on_request,
+        description="tried only when it is asked for by name: wherever it was measured, others were faster or closer",
+    )
     options: dict[str, Scalar] = {}
 
     @property

@@ -65,7 +65,7 @@ TYPES = {
     "Layer": "name operator precision weighted",
     "Preprocessing": "image_size channels mean std interpolation crop_fraction",
     "Probe": "can_build can_run reason versions",
-    "Recipe": "name precision description needs_calibration observes family after rest dear options",
+    "Recipe": "name precision description needs_calibration observes family after rest dear on_request options",
     "Sidecar": "schema_version model input output preprocessing class_names layout",
     "TensorSpec": "name shape dtype",
 }

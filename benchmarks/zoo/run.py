@@ -185,7 +185,7 @@ class _Trial:
 
 def _speaks_for_itself(recipe: dict) -> bool:
     """Others run the same kernels with other numbers, or fewer layers in int8, or the layers that are not in another float."""
-    first, whole = recipe["family"] in ("", recipe["name"]), not recipe["options"].get("float_share")
+    first, whole = recipe["family"] in ("", recipe["name"]), not (recipe["options"].get("float_share") or recipe.get("on_request"))
     return first and whole and recipe.get("rest") in (None, Precision.FP32)
 
 

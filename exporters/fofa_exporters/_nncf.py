@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -27,14 +27,21 @@ def nncf_quantized(model: Any, recipe: Recipe, calibration: Calibration) -> Any:
         samples = Samples(calibration)
         every_weight = bool(recipe.options.get("seven_bit_weights"))
         overflow = nncf.OverflowFix.ENABLE if every_weight else nncf.OverflowFix.FIRST_LAYER
+        options: dict[str, Any] = {
+            "subset_size": len(samples),
+            "model_type": nncf.ModelType.TRANSFORMER if recipe.options.get("transformer") else None,
+        }
+        if recipe.options.get("preset") == "mixed":
+            options |= {"preset": nncf.QuantizationPreset.MIXED, "fast_bias_correction": False}
+        advanced = nncf.AdvancedQuantizationParameters(overflow_fix=overflow)
         try:
-            return nncf.quantize(
-                model,
-                nncf.Dataset(samples),
-                subset_size=len(samples),
-                model_type=nncf.ModelType.TRANSFORMER if recipe.options.get("transformer") else None,
-                advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow),
-            )
+            if max_drop := recipe.options.get("max_drop"):
+                answered = Answered(samples, model)
+                return nncf.quantize_with_accuracy_control(
+                    model, nncf.Dataset(samples), nncf.Dataset(answered, answered.feeds), answered.agreement,
+                    max_drop=max_drop, advanced_quantization_parameters=advanced, **options,
+                )  # fmt: skip
+            return nncf.quantize(model, nncf.Dataset(samples), advanced_parameters=advanced, **options)
         except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError) as error:
             raise BuildError(f"NNCF refused the graph: {error}", "try another recipe") from error
 
@@ -51,6 +58,35 @@ class Samples(Sized):
 
     def __len__(self) -> int:
         return self._length
+
+
+class Answered(Sized):
+    """The same images, each with the class that the float model gives it: NNCF's accuracy control holds others to that."""
+
+    def __init__(self, samples: Samples, model: Any) -> None:  # noqa: ANN401 - openvino is untyped
+        import openvino as ov
+
+        compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        self._samples, self._classes = samples, [self._class(compiled, feeds) for feeds in samples]
+
+    @staticmethod
+    def _class(compiled: Any, feeds: Feeds) -> int:  # noqa: ANN401
+        return int(compiled(feeds)[0].argmax())
+
+    @staticmethod
+    def feeds(item: tuple[Feeds, int]) -> Feeds:
+        return item[0]
+
+    def agreement(self, compiled: Any, items: Iterable[tuple[Feeds, int]]) -> tuple[float, list[float]]:  # noqa: ANN401
+        """Share of the items that keep their class, and each one's part in it, for which NNCF would ask again otherwise."""
+        kept = [float(self._class(compiled, feeds) == wanted) for feeds, wanted in items]
+        return float(np.mean(kept)), kept
+
+    def __iter__(self) -> Iterator[tuple[Feeds, int]]:
+        return iter(zip(self._samples, self._classes, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._samples)
 
 
 @contextmanager

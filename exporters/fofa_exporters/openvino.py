@@ -188,7 +188,8 @@ def _int8(profile: HardwareProfile, transformer: bool, floats: Sequence[Recipe])
         safe = [] if exact else [_nncf(rest, transformer=transformer, seven_bit_weights=True)]
         pairs = grown([_pairs(rest, transformer, seven_bit_weights=not exact)], smoothing=smoothing)
         found += [*safe, _nncf(rest, transformer=transformer), *pairs]
-    return found
+    controlled, mixed = _on_request(rests[0] if rests else Precision.FP32, transformer)
+    return [*found, controlled, *([] if transformer else [mixed])]
 
 
 def _pairs(rest: Precision, transformer: bool, *, seven_bit_weights: bool) -> Recipe:
@@ -218,6 +219,29 @@ def _nncf(rest: Precision, **options: bool) -> Recipe:
         rest=rest,
         options={"inference_precision": str(rest), **options},
     )
+
+
+def _on_request(rest: Precision, transformer: bool) -> tuple[Recipe, Recipe]:
+    """NNCF's own ways to keep accuracy (see benchmarks/peers): the first takes minutes and ends with most layers in float,
+    the second, which of transformers is the only one, is slower than the preset for speed and hardly closer."""
+    plain = _nncf(rest, transformer=transformer)
+    ways: tuple[tuple[str, str, dict[str, Scalar]], ...] = (
+        ("int8-nncf-accuracy-control", "layers back to float until agreement drops by at most 1%", {"max_drop": 0.01}),
+        ("int8-nncf-mixed", "unsigned activations with zero points, slower bias correction", {"preset": "mixed"}),
+    )
+    controlled, mixed = (
+        plain.model_copy(
+            update={
+                "name": _resting(name, rest),
+                "family": "",
+                "description": f"{plain.description}; {words}",
+                "on_request": True,
+                "options": {**plain.options, **options},
+            }
+        )
+        for name, words, options in ways
+    )
+    return controlled, mixed
 
 
 def _resting(name: str, rest: Precision) -> str:

@@ -101,7 +101,8 @@ class Stopwatch:
             self._reasons[name]["recipes"] = error.message
             return []
         for recipe in recipes:
-            families.setdefault(recipe.kin, recipe)
+            if not recipe.on_request:
+                families.setdefault(recipe.kin, recipe)
         first = [recipe for recipe in families.values() if recipe.after not in families]
         return [_Entry(name, recipe, self._setting(bench, recipe)) for recipe in first]
 

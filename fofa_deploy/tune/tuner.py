@@ -25,7 +25,7 @@ from fofa_deploy.tune.evidence import Evidence, Settings
 from fofa_deploy.tune.rows import first_line, p50, row_of, timings, with_threads
 from fofa_deploy.tune.search import Race, Search
 from fofa_deploy.tune.workbench import Workbench
-from fofa_deploy.types import Artifact, Graph, HardwareProfile, Status
+from fofa_deploy.types import Artifact, Graph, HardwareProfile, Recipe, Status
 
 SHORT = MeasurePlan(seconds=0.3, max_seconds=0.6, warmup_seconds=0.1, warmup_runs=3)
 """Tells families of recipes apart by speed; figures of the report are measured by the plan."""
@@ -81,11 +81,12 @@ class Tuner:
             return [row_of(profile, None, Status.SKIPPED, error.message)]
         if not offered.probe.can_build:
             return [row_of(profile, None, Status.SKIPPED, offered.probe.reason)]
-        recipes = [r for r in offered.recipes if self.settings.recipe in (None, r.name)]
+        wanted = self.settings.recipe
+        recipes = asked_for(offered.recipes, wanted)
         if not recipes:
             names = ", ".join(r.name for r in offered.recipes) or "none"
-            wanted = f"is named {self.settings.recipe!r}" if self.settings.recipe else "fits the profile's precisions"
-            return [row_of(profile, None, Status.SKIPPED, f"no recipe {wanted}; offered: {names}")]
+            what = f"is named {wanted!r}" if wanted else "fits the profile's precisions"
+            return [row_of(profile, None, Status.SKIPPED, f"no recipe {what}; offered: {names}")]
         race = self._short_race(profile) if timed else None
         rows = Search(self._bench, profile, offered.probe, race).rows(recipes)
         return rows or [row_of(profile, None, Status.FAILED, "not built yet; fofa-deploy quantize builds it")]
@@ -208,6 +209,11 @@ def _why(best: TargetRow, rows: Sequence[TargetRow]) -> str:
     if len(passed) == 1:
         return "the only recipe inside the budget"
     return f"fastest of {len(passed)} inside the budget, {max(passed) / p50(best):.2f}x the slowest of them"
+
+
+def asked_for(recipes: Sequence[Recipe], name: str | None) -> list[Recipe]:
+    """The one of this name; without a name, all that are not kept for those who ask for them."""
+    return [recipe for recipe in recipes if (recipe.name == name if name else not recipe.on_request)]
 
 
 def _losers(rows: Sequence[TargetRow]) -> list[TargetRow]:

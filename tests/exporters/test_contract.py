@@ -40,8 +40,11 @@ def _cases() -> list[tuple[str, str, str]]:
 
 
 def _apart(recipes: Sequence[Recipe]) -> list[Recipe]:
-    """One of every family, and one more with other numbers; the families of mixed precision differ in a share alone."""
-    families = {recipe.kin: recipe for recipe in reversed(recipes)}
+    """One of every family, and one more with other numbers; the families of mixed precision differ in a share alone.
+
+    How much of a model accuracy control leaves in int8 is its own choice.
+    """
+    families = {recipe.kin: recipe for recipe in reversed(recipes) if not recipe.options.get("max_drop")}
     shares = sorted({recipe.options.get("float_share", 0.0) for recipe in recipes})
     recovered = [recipe for recipe in recipes if recipe.options.get("learned_rounding")][:1]
     return [*(r for r in families.values() if r.options.get("float_share", 0.0) in shares[:2]), *recovered]

@@ -169,3 +169,25 @@ def test_depthwise_convolutions_are_in_int8_too(captured: dict[str, Captured]):
     model = openvino._read(source, openvino._nncf(Precision.FP32, transformer=False), calibration)
     compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert [row.precision for row in openvino.layer_table(compiled) if row.weighted] == [Precision.INT8] * 3
+
+
+def test_accuracy_control_gives_back_layers_until_answers_are_kept(captured: dict[str, Captured], tmp_path: Path):
+    found, profile, backend = captured["cnn"], profile_for("openvino"), get_backend("openvino")
+    plain, controlled = (
+        next(recipe for recipe in backend.recipes(profile, found.graph) if recipe.name.startswith(name))
+        for name in ("int8-nncf", "int8-nncf-accuracy-control")
+    )
+    assert (plain.on_request, controlled.on_request) == (False, True)
+    artifact = backend.build(found.graph, controlled, found.calibration, tmp_path)
+    images = np.load(found.calibration.images)
+    feeds = {found.graph.sidecar.input.name: found.graph.sidecar.prepare(images)}
+    answers = [
+        backend.load(built, profile).run(feeds)[found.graph.sidecar.output.name].argmax(1)
+        for built in (artifact, backend.build(found.graph, openvino._on(openvino.FP32, "CPU"), None, _folder(tmp_path / "float")))
+    ]
+    assert np.mean(answers[0] == answers[1]) >= 0.99
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path

@@ -14,6 +14,7 @@ from fofa_deploy.store import Store
 from fofa_deploy.tune import Settings
 from fofa_deploy.tune.rows import row_of
 from fofa_deploy.tune.search import Search
+from fofa_deploy.tune.tuner import asked_for
 from fofa_deploy.types import Budget, HardwareProfile, Precision, Probe, Recipe, Status
 
 PROFILE = HardwareProfile(name="somewhere", description="", runtime="none", precisions=(Precision.FP32, Precision.INT8))
@@ -183,3 +184,10 @@ def test_a_broken_relative_does_not_keep_mixed_precision_from_being_tried(store)
 
 def test_a_recipe_asked_for_by_name_is_tried_whatever_it_comes_after(store):
     assert found(Bench(store, {"a-mixed80"}), race_of(), [MIXED[2]]) == {"a-mixed80": Status.VERIFIED}
+
+
+def test_what_is_tried_on_request_alone_has_to_be_asked_for():
+    plain, kept = recipe("a"), recipe("b").model_copy(update={"on_request": True})
+    assert asked_for([plain, kept], None) == [plain]
+    assert asked_for([plain, kept], "b") == [kept]
+    assert asked_for([plain, kept], "c") == []
