@@ -168,7 +168,7 @@ def _attention(graph: _Graph, node: onnx.NodeProto) -> _Replacement | None:
     (query, one), (key, two) = (_scaled(graph, name) for name in product.input)
     parts = [_part(graph, query), _keys(graph, key), _part(graph, context.input[1])]
     known = [part for part in parts if part is not None]
-    if len(known) < 3 or len({(part.heads, part.depth) for part in known}) > 1:
+    if len(known) < 3 or len({(part.heads, part.depth, graph.shapes[part.source][0]) for part in known}) > 1:
         return None
     return _joined(graph, node, known, outer * one * two)
 
@@ -258,13 +258,13 @@ def _entry(graph: _Graph, name: str, axis: int) -> tuple[str, int] | None:
 
 
 def _untransposed(graph: _Graph, name: str) -> str:
-    """The keys whose last two axes are swapped: directly, or, as PyTorch's exporter does it, on three axes between two reshapes."""
+    """Keys, of what has their last two axes swapped: directly, or by PyTorch's exporter, on three axes between two reshapes."""
     if (turned := graph.before(name, "Transpose")) is not None and _turns(turned, [0, 1, 3, 2]):
         return str(turned.input[0])
     last = graph.before(name, "Reshape")
     turned = graph.before(last.input[0], "Transpose") if last is not None else None
     first = graph.before(turned.input[0], "Reshape") if turned is not None and _turns(turned, [0, 2, 1]) else None
-    return str(first.input[0]) if first is not None else name
+    return str(first.input[0]) if first is not None else ""
 
 
 def _turns(node: onnx.NodeProto, order: list[int]) -> bool:

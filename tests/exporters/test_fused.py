@@ -16,7 +16,7 @@ from fofa_exporters._quantization import prepare
 
 from .conftest import Captured
 
-TOKENS, HEADS, DEPTH = 5, 2, 4
+TOKENS, HEADS, DEPTH = 5, 2, 5  # as many tokens as channels: keys fit turned and unturned
 WIDTH = HEADS * DEPTH
 Lines = Sequence[tuple[str, Sequence[str], str, dict[str, object]]]
 
@@ -96,12 +96,13 @@ def test_the_parts_of_a_gelu_are_named_and_nothing_beside_them():
 # --- attention
 
 
-def attention(places: Sequence[int] = (0, 1, 2), tokens: int = TOKENS, axis: int = -1) -> onnx.ModelProto:
+def attention(places: Sequence[int] = (0, 1, 2), tokens: int = TOKENS, axis: int = -1, keys: str = "turned") -> onnx.ModelProto:
     """Queries, keys and values as exporters cut them.
 
     Args:
         places: which of the three each is.
         tokens: how many see each other.
+        keys: "as they are" is no attention.
     """
     constants: dict[str, object] = {"heads": np.array([-1, tokens, 3, HEADS, DEPTH]), "rows": np.array([-1, TOKENS, WIDTH])}
     constants |= {f"{place}": np.array(place) for place in range(3)} | {"scale": np.float32(DEPTH**-0.5)}
@@ -111,7 +112,7 @@ def attention(places: Sequence[int] = (0, 1, 2), tokens: int = TOKENS, axis: int
         *(("Gather", ["turned", f"{place}"], name, {"axis": 0}) for name, place in zip("qkv", places, strict=True)),
         ("Mul", ["q", "scale"], "scaled", {}),
         ("Transpose", ["k"], "keys", {"perm": [0, 1, 3, 2]}),
-        ("MatMul", ["scaled", "keys"], "scores", {}),
+        ("MatMul", ["scaled", "keys" if keys == "turned" else "k"], "scores", {}),
         ("Softmax", ["scores"], "weights", {"axis": axis}),
         ("MatMul", ["weights", "v"], "mixed", {}),
         ("Transpose", ["mixed"], "back", {"perm": [0, 2, 1, 3]}),
@@ -148,7 +149,7 @@ def test_attention_on_tensors_of_their_own_is_one_operator():
     assert same(written, fused(written), WIDTH, 2)
 
 
-@pytest.mark.parametrize("wrong", [{"tokens": 1}, {"axis": 2}], ids=str)
+@pytest.mark.parametrize("wrong", [{"tokens": 1}, {"axis": 2}, {"keys": "as they are"}], ids=str)
 def test_what_is_nearly_attention_stays(wrong):
     written = attention(**wrong)
     assert fused(written) is written
