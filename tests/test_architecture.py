@@ -49,7 +49,7 @@ RUNTIMES = {
     "_onnxruntime_recipes": {"onnx"},
     "_rewrite": {"onnx"},
     "onnxruntime": {"onnx", "onnxruntime"},
-    "_nncf": {"nncf", "openvino"},
+    "_nncf": {"nncf"},
     "openvino": {"onnx", "openvino", "nncf"},
     "_typed": {"onnx"},
     "_words": set(),

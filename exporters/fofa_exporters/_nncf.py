@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -15,8 +15,11 @@ from fofa_deploy.types import Calibration, Feeds, Recipe
 from fofa_exporters import _onnx
 
 
-def nncf_quantized(model: Any, recipe: Recipe, calibration: Calibration) -> Any:  # noqa: ANN401 - openvino is untyped
-    """The model with what NNCF quantizes in eight bits.
+def nncf_quantized(model: Any, recipe: Recipe, calibration: Calibration, compiled: Callable[[], Any]) -> Any:  # noqa: ANN401
+    """An OpenVINO model with what NNCF quantizes in eight bits.
+
+    Args:
+        compiled: gives the float model, ready to be run.
 
     Raises:
         BuildError: NNCF refused the graph.
@@ -36,7 +39,7 @@ def nncf_quantized(model: Any, recipe: Recipe, calibration: Calibration) -> Any:
         advanced = nncf.AdvancedQuantizationParameters(overflow_fix=overflow)
         try:
             if max_drop := recipe.options.get("max_drop"):
-                answered = Answered(samples, model)
+                answered = Answered(samples, compiled())
                 return nncf.quantize_with_accuracy_control(
                     model, nncf.Dataset(samples), nncf.Dataset(answered, answered.feeds), answered.agreement,
                     max_drop=max_drop, advanced_quantization_parameters=advanced, **options,
@@ -63,10 +66,7 @@ class Samples(Sized):
 class Answered(Sized):
     """The same images, each with the class that the float model gives it: NNCF's accuracy control holds others to that."""
 
-    def __init__(self, samples: Samples, model: Any) -> None:  # noqa: ANN401 - openvino is untyped
-        import openvino as ov
-
-        compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    def __init__(self, samples: Samples, compiled: Any) -> None:  # noqa: ANN401 - openvino is untyped
         self._samples, self._classes = samples, [self._class(compiled, feeds) for feeds in samples]
 
     @staticmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -359,7 +359,9 @@ def _read(source: onnx.ModelProto, recipe: Recipe, calibration: Calibration | No
     if pairs or recipe.precision is not Precision.INT8:
         return _core().read_model(written)
     # Conversion folds the reshaping of depthwise weights; NNCF's steps before one that is left would keep those layers in float.
-    return nncf_quantized(ov.convert_model(io.BytesIO(written)), recipe, require_calibration(recipe, calibration))
+    model = ov.convert_model(io.BytesIO(written))
+    compiled = partial(_core().compile_model, model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return nncf_quantized(model, recipe, require_calibration(recipe, calibration), compiled)
 
 
 # --- what really runs ---------------------------------------------------------------------------------------------

@@ -63,13 +63,12 @@ threads = 1
 
 @pytest.fixture(scope="package")
 def baseline_run(tmp_path_factory) -> Path:
-    """A run directory: digits, a small transformer, one target, fp32."""
+    """A run directory: digits, a small transformer, one target, floats."""
     root = tmp_path_factory.mktemp("gate")
     (root / "plan.toml").write_text(PLAN)
     (root / "one-thread.toml").write_text(PROFILE)
     report = compress_and_export(load_plan(str(root / "plan.toml")), root / "run", Quiet())
-    (row,) = report.targets
-    assert row.chosen
+    row = next(row for row in report.targets if row.chosen)
     assert row.top1 > 0.6, "a student that learned too little has nothing to lose"
     return root / "run"
 
