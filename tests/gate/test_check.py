@@ -217,7 +217,7 @@ def test_bare_artifacts_need_a_profile_and_inputs(tmp_path):
 def test_a_bundle_is_a_side_like_any_other_and_leaves_nothing(baseline_run, tmp_path, monkeypatch):
     packed, unpacked = tmp_path / "packed.zip", tmp_path / "unpacked"
     unpacked.mkdir()
-    done = run_cli("bundle", baseline_run, "--out", packed)
+    done = run_cli("bundle", baseline_run, "--recipe", chosen(baseline_run).name, "--out", packed)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr("tempfile.tempdir", str(unpacked))
     report, _ = check(packed, baseline_run, Quiet())
