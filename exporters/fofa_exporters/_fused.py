@@ -51,6 +51,7 @@ class _Graph:
         self._written = {node.output[0]: node for node in self.nodes if node.op_type == "Constant"}
         self._writers = {name: node for node in self.nodes for name in node.output}
         inferred = shape_inference.infer_shapes(model).graph
+        self._inferred = {value.name: value for value in inferred.value_info}
         self.shapes = {value.name: _shape(value) for value in (*inferred.value_info, *inferred.input)}
 
     def before(self, name: str, kind: str) -> onnx.NodeProto | None:
@@ -88,14 +89,14 @@ class _Graph:
         self.changed = True
 
     def model(self) -> onnx.ModelProto:
-        """The nodes and constants that an output needs."""
+        """The nodes and constants that an output needs; with all shapes, as nobody can infer them through these operators."""
         graph, needed, kept = self._model.graph, {value.name for value in self._model.graph.output}, []
         for node in reversed(self.nodes):
             if needed & set(node.output):
                 needed |= set(node.input)
                 kept.append(node)
         nodes, tensors = kept[::-1], [tensor for name, tensor in self._known.items() if name in needed]
-        shapes = [value for value in graph.value_info if value.name in needed]
+        shapes = [value for name, value in self._inferred.items() if name in needed]
         for field, found in ((graph.node, nodes), (graph.initializer, tensors), (graph.value_info, shapes)):
             copied = [type(one).FromString(one.SerializeToString()) for one in found]
             del field[:]

@@ -73,6 +73,12 @@ def test_gelu_is_found_in_any_order(order):
     assert same(written, fused(written), WIDTH, 2)
 
 
+def test_types_are_told_as_nobody_can_infer_them_any_more():
+    written = gelu((["half", "sum"], "m"), (["x", "m"], "gelu"), (["gelu", "half"], "y"))
+    assert kinds(fused(written)) == {"Gelu": 1, "Mul": 1}
+    assert [value.name for value in fused(written).graph.value_info] == ["gelu"]
+
+
 @pytest.mark.parametrize("wrong", [{"half": 0.4}, {"one": 1.5}, {"root": 1.0}], ids=str)
 def test_what_is_nearly_gelu_stays(wrong):
     written = gelu(*ORDERS["half of the sum"], **wrong)
