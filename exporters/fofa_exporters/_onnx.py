@@ -147,9 +147,9 @@ def is_transformer(model: onnx.ModelProto) -> bool:
 
 
 def is_convolutional(model: onnx.ModelProto) -> bool:
-    """Whether most of its layers with weights are convolutions, as in hybrids that also attend."""
+    """Whether half of its layers with weights or more are convolutions, as in hybrids that also attend."""
     layers = weighted(model)
-    return 2 * sum(node.op_type in CONVOLUTIONS for node in layers) > len(layers)
+    return 2 * sum(node.op_type in CONVOLUTIONS for node in layers) >= len(layers)
 
 
 # --- silence ---------------------------------------------------------------------------------------------------------
