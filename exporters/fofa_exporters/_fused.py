@@ -48,7 +48,6 @@ class _Graph:
         self.nodes = list(self._model.graph.node)
         self.changed = False
         self._known = {tensor.name: tensor for tensor in self._model.graph.initializer}
-        self._written = {node.output[0]: node for node in self.nodes if node.op_type == "Constant"}
         self._writers = {name: node for node in self.nodes for name in node.output}
         inferred = shape_inference.infer_shapes(model).graph
         self._inferred = {value.name: value for value in inferred.value_info}
@@ -63,7 +62,8 @@ class _Graph:
         """Of a constant."""
         if name in self._known:
             return numpy_helper.to_array(self._known[name])
-        tensor = _attributes(self._written[name]).get("value") if name in self._written else None
+        written = self.before(name, "Constant")
+        tensor = _attributes(written).get("value") if written is not None else None
         return numpy_helper.to_array(tensor) if tensor is not None else None
 
     def number(self, name: str) -> float | None:

@@ -48,7 +48,7 @@ _WEIGHTED = frozenset({"Convolution", "GroupConvolution", "Deconvolution", "Full
 RUNTIME_CACHE = "CPU_RUNTIME_CACHE_CAPACITY"
 """OpenVINO 2026.4 may take an executor out of it that was made for another batch size, and then answers wrong.
 
-A model for one size has nothing to mix up, and is up to 4 % slower without it (int8 of a ViT-tiny).
+A model for one size has nothing to mix up, and is a little slower without it.
 """
 _VIRTUAL_DEVICES = ("AUTO", "MULTI", "HETERO", "BATCH")
 
@@ -188,7 +188,7 @@ def _int8(profile: HardwareProfile, transformer: bool, floats: Sequence[Recipe])
         safe = [] if exact else [_nncf(rest, transformer=transformer, seven_bit_weights=True)]
         pairs = grown([_pairs(rest, transformer, seven_bit_weights=not exact)], smoothing=smoothing)
         found += [*safe, _nncf(rest, transformer=transformer), *pairs]
-    controlled, mixed = _on_request(rests[0] if rests else Precision.FP32, transformer)
+    controlled, mixed = _on_request({"transformer": transformer, **({} if exact else {"seven_bit_weights": True})})
     return [*found, controlled, *([] if transformer else [mixed])]
 
 
@@ -221,10 +221,12 @@ def _nncf(rest: Precision, **options: bool) -> Recipe:
     )
 
 
-def _on_request(rest: Precision, transformer: bool) -> tuple[Recipe, Recipe]:
-    """NNCF's own ways to keep accuracy (see benchmarks/peers): the first takes minutes and ends with most layers in float,
-    the second, which of transformers is the only one, is slower than the preset for speed and hardly closer."""
-    plain = _nncf(rest, transformer=transformer)
+def _on_request(options: dict[str, bool]) -> tuple[Recipe, Recipe]:
+    """NNCF's accuracy control and its mixed preset, which is the only one of transformers; benchmarks/peers has what they cost.
+
+    On top of fp32, so that their names are the same everywhere.
+    """
+    plain = _nncf(Precision.FP32, **options)
     ways: tuple[tuple[str, str, dict[str, Scalar]], ...] = (
         ("int8-nncf-accuracy-control", "layers back to float until agreement drops by at most 1%", {"max_drop": 0.01}),
         ("int8-nncf-mixed", "unsigned activations with zero points, slower bias correction", {"preset": "mixed"}),
@@ -232,14 +234,14 @@ def _on_request(rest: Precision, transformer: bool) -> tuple[Recipe, Recipe]:
     controlled, mixed = (
         plain.model_copy(
             update={
-                "name": _resting(name, rest),
+                "name": name,
                 "family": "",
                 "description": f"{plain.description}; {words}",
                 "on_request": True,
-                "options": {**plain.options, **options},
+                "options": {**plain.options, **more},
             }
         )
-        for name, words, options in ways
+        for name, words, more in ways
     )
     return controlled, mixed
 
