@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -24,6 +26,12 @@ def nncf_quantized(model: Any, recipe: Recipe, calibration: Calibration, compile
     Raises:
         BuildError: NNCF refused the graph.
     """
+    # NNCF makes cores of its own, of which none is the last: what they do to this thread's signals ends with the thread.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_quantized, model, recipe, calibration, compiled).result()
+
+
+def _quantized(model: Any, recipe: Recipe, calibration: Calibration, compiled: Callable[[], Any]) -> Any:  # noqa: ANN401
     with _silent():
         import nncf
 
@@ -47,6 +55,8 @@ def nncf_quantized(model: Any, recipe: Recipe, calibration: Calibration, compile
             return nncf.quantize(model, nncf.Dataset(samples), advanced_parameters=advanced, **options)
         except (nncf.InternalError, nncf.ValidationError, nncf.UnsupportedModelError) as error:
             raise BuildError(f"NNCF refused the graph: {error}", "try another recipe") from error
+        finally:
+            gc.collect()  # those cores, too
 
 
 class Samples(Sized):

@@ -15,9 +15,7 @@ from onnx import helper, numpy_helper
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, BuildError
-from fofa_deploy.isolate import run_isolated
-from fofa_deploy.tune import workbench
-from fofa_deploy.types import Artifact, Device, HardwareProfile, Precision
+from fofa_deploy.types import Device, HardwareProfile, Precision
 from fofa_exporters import openvino
 
 from .conftest import Built, Captured, profile_for, run_in_batches
@@ -94,16 +92,23 @@ def test_quantizing_is_silent(captured: dict[str, Captured], tmp_path: Path, cap
     assert capsys.readouterr().out == ""
 
 
-OVERLAPPING = """
+ENDING = """
 import faulthandler, signal, subprocess, sys
 from pathlib import Path
 from fofa_deploy.backend import get_backend
 from fofa_deploy.profile import find_profile
-from fofa_deploy.types import Artifact
+from fofa_deploy.types import Artifact, Calibration, Graph
 
 faulthandler.enable()  # gives the thread a stack for handlers, as pytest does
 signal.signal(signal.SIGCHLD, lambda *_: print("a child ended"))  # as data loaders with workers do
-artifact, profile, backend = Artifact.load(Path(sys.argv[1])), find_profile("cpu-openvino"), get_backend("openvino")
+folders, profile, backend = [Path(folder) for folder in sys.argv[1:]], find_profile("cpu-openvino"), get_backend("openvino")
+{}
+subprocess.run([sys.executable, "-c", ""], check=True)
+print("still here")
+"""
+
+OVERLAPPING = """
+artifact = Artifact.load(folders[0])
 first, second = backend.load(artifact, profile), backend.load(artifact, profile)
 with first:
     pass
@@ -111,15 +116,29 @@ del first
 with second:
     pass
 del second
-subprocess.run([sys.executable, "-c", ""], check=True)
+"""
+
+CONTROLLED = """
+graph = Graph.load(folders[0])
+recipe = next(recipe for recipe in backend.recipes(profile, graph) if recipe.name == "int8-nncf-accuracy-control")
+backend.build(graph, recipe, Calibration(images=folders[0] / "calibration.npy", sidecar=graph.sidecar), folders[1])
 """
 
 
-def test_sessions_may_end_in_any_order(build: Callable[[str, str, str], Built]):
-    folder = build("openvino", "cnn", "fp32").artifact.folder
-    ended = subprocess.run([sys.executable, "-c", OVERLAPPING, folder], capture_output=True, text=True, timeout=120)
+def _survives(code: str, *folders: Path) -> None:
+    command = [sys.executable, "-c", ENDING.format(code), *map(str, folders)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert "a child ended" in ended.stdout
+    assert ended.stdout.endswith("still here\n")
+
+
+def test_sessions_may_end_in_any_order(build: Callable[[str, str, str], Built]):
+    _survives(OVERLAPPING, build("openvino", "cnn", "fp32").artifact.folder)
+
+
+def test_cores_of_accuracy_control_do_no_harm(captured: dict[str, Captured], tmp_path: Path):
+    _survives(CONTROLLED, captured["cnn"].graph.path.parent, tmp_path)
 
 
 class _Watched:
@@ -180,12 +199,7 @@ def test_accuracy_control_gives_back_layers_until_answers_are_kept(captured: dic
         for name in ("int8-nncf", "int8-nncf-accuracy-control")
     )
     assert (plain.on_request, controlled.on_request) == (False, True)
-    # In a child, as ever: NNCF makes cores of its own (see openvino._core).
-    request = workbench.BuildRequest(
-        graph=found.graph.path.parent, profile=profile, recipe=controlled, calibration=found.calibration, out=tmp_path
-    )
-    run_isolated("fofa_deploy.tune.workbench:build", request, workbench.Built, seconds=300)
-    artifact = Artifact.load(tmp_path)
+    artifact = backend.build(found.graph, controlled, found.calibration, tmp_path)
     images = np.load(found.calibration.images)
     feeds = {found.graph.sidecar.input.name: found.graph.sidecar.prepare(images)}
     answers = [

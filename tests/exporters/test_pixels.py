@@ -35,7 +35,8 @@ def _cases() -> Iterator[tuple[str, str, str]]:
 
 
 def _counts(recipe: Recipe) -> bool:
-    return not recipe.options.get("float_share") and (recipe.name == recipe.kin or bool(recipe.options.get("learned_rounding")))
+    gives_layers_back = recipe.options.get("float_share") or recipe.options.get("max_drop")
+    return not gives_layers_back and (recipe.name == recipe.kin or bool(recipe.options.get("learned_rounding")))
 
 
 @pytest.fixture(scope="module")
