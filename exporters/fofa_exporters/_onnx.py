@@ -137,6 +137,12 @@ def weighted(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [node for node in model.graph.node if node.op_type in WEIGHTED and node.input[1] in known]
 
 
+def stacked(model: onnx.ModelProto) -> list[str]:
+    """Names of the products with a stack of constant matrices (a table per axis, say): no runtime has those in int8 per output."""
+    dims = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+    return [node.name for node in weighted(model) if node.op_type == "MatMul" and dims.get(node.input[1], 2) > 2]
+
+
 def is_transformer(model: onnx.ModelProto) -> bool:
     """Whether it attends or normalizes per token: such graphs lose accuracy when everything in them is quantized."""
     known = constants(model.graph)

@@ -17,8 +17,8 @@ _LARGEST: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16
 Places = Mapping[str, tuple[int, ...]]
 """Of a node's inputs, by operator. A node whose first input is among them works in that type, and its first output has it, too."""
 
-FLOAT32_INPUTS: Places = {"Resize": (1, 2)}
-"""Inputs that the ONNX standard wants in float32 whatever the rest is in."""
+FLOAT32_INPUTS: Places = {"Resize": (1, 2), "Range": (0, 1, 2)}
+"""Inputs that the ONNX standard wants in float32 whatever the rest is in, where they are no whole numbers."""
 
 SMALLEST_SCALE = 2.0**-20
 """Of a Q/DQ pair in fp16: below it four bits or more of the scale are lost."""
@@ -48,7 +48,7 @@ def typed(model: onnx.ModelProto, precision: Precision, float32: Places = FLOAT3
         _convert(tensor, code)
     for node in graph.node:
         _retype(node, code)
-    _keep_float32(graph, {tensor.name: tensor for tensor in model.graph.initializer}, float32, code)
+    _keep_float32(graph, model, float32, code)
     _cast_ends(graph, code)
     return found
 
@@ -60,12 +60,15 @@ def _check_scales(graph: onnx.GraphProto) -> None:
             raise BuildError(f"{tensor.name} quantizes by steps that fp16 cannot hold", "take a recipe whose rest is fp32")
 
 
-def _keep_float32(graph: onnx.GraphProto, weights: Mapping[str, TensorProto], float32: Places, code: int) -> None:
-    """Unrounded copies of the constants, and casts of the activations, that some nodes want in float32."""
+def _keep_float32(graph: onnx.GraphProto, model: onnx.ModelProto, float32: Places, code: int) -> None:
+    """Unrounded copies of the constants, and casts of the activations, that some nodes of ``model`` want in float32."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    others = _of_other_types(model) if any(node.op_type == "Range" for node in graph.node) else frozenset[str]()
     nodes: list[onnx.NodeProto] = []
     made: set[str] = set()
     for node in graph.node:
-        places = [place for place in float32.get(node.op_type, ()) if place < len(node.input) and node.input[place]]
+        named = [place for place in float32.get(node.op_type, ()) if place < len(node.input) and node.input[place]]
+        places = [place for place in named if node.input[place] not in others]
         for place in places:
             source, wide = node.input[place], f"{node.input[place]}/wide"
             node.input[place] = wide
@@ -83,6 +86,14 @@ def _keep_float32(graph: onnx.GraphProto, weights: Mapping[str, TensorProto], fl
             nodes.append(helper.make_node("Cast", [wide], [result], name=f"{result}/rounded", to=code))
     del graph.node[:]
     graph.node.extend(nodes)
+
+
+def _of_other_types(model: onnx.ModelProto) -> frozenset[str]:
+    """Names of tensors that are known to hold something else than float32."""
+    stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
+    kinds = stored | {value.name: value.type.tensor_type.elem_type for value in inferred}
+    return frozenset(name for name, kind in kinds.items() if kind not in (TensorProto.FLOAT, TensorProto.UNDEFINED))
 
 
 def _convert(tensor: TensorProto, code: int) -> None:

@@ -159,7 +159,8 @@ def _write_dynamic(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibra
 
     with TemporaryDirectory() as scratch, _onnx.quiet():
         source = Path(scratch) / "prepared.onnx"
-        onnx.save(prepare(fused(model) if recipe.options.get("fused") else model), source)
+        prepared = prepare(fused(model) if recipe.options.get("fused") else model)
+        onnx.save(prepared, source)
         quantize_dynamic(
             source,
             main,
@@ -167,6 +168,7 @@ def _write_dynamic(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibra
             per_channel=not recipe.options.get("per_tensor"),
             reduce_range=bool(recipe.options.get("seven_bit_weights")),
             weight_type=QuantType.QInt8,
+            nodes_to_exclude=_onnx.stacked(prepared),
             extra_options={"MatMulConstBOnly": True},
         )
 

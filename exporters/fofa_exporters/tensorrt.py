@@ -173,8 +173,8 @@ INT8 = Recipe(
 # --- the typed graph ----------------------------------------------------------------------------------------------
 
 
-_WIDE = {Precision.BF16: {**_typed.FLOAT32_INPUTS, "HardSwish": (0,)}}
-"""What TensorRT's parser does not take in a half precision: it stays in float32 between casts."""
+_WIDE = {Precision.BF16: {**_typed.FLOAT32_INPUTS, "HardSwish": (0,), "ConvTranspose": (0, 1, 2)}}
+"""What TensorRT's parser or compiler does not take in bfloat16: it stays in float32 between casts."""
 
 
 def _as_it_is(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> onnx.ModelProto:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, BuildError
-from fofa_deploy.types import Device, Graph, HardwareProfile, Precision
+from fofa_deploy.types import Device, Graph, HardwareProfile, Precision, Recipe
 from fofa_exporters import _device, onnxruntime
+from fofa_exporters import _onnxruntime_recipes as recipes
 from fofa_exporters._device import Products
 
 from .conftest import CLASSES, SIZE, Built, Captured, profile_for, run_in_batches, write_sidecar
@@ -64,6 +66,44 @@ def test_a_network_of_convolutions_that_attends_runs_them_in_int8(captured: dict
     assert recipe.options["weighted_only"]
     artifact = backend.build(graph, recipe, captured["cnn"].calibration, tmp_path)
     assert Counter(layer.precision for layer in artifact.layers if layer.weighted) == {Precision.INT8: 4}
+
+
+def _stacked(folder: Path) -> Graph:
+    """Three matrices, one per channel, as position tables are; then two products of plain ones."""
+    make, rng = onnx.helper, np.random.default_rng(0)
+    shapes = {"stack": (3, SIZE, 4), "hidden": (12 * SIZE, 16), "head": (16, CLASSES)}
+    tensors = [
+        onnx.numpy_helper.from_array(rng.normal(0, shape[-2] ** -0.5, shape).astype(np.float32), name)
+        for name, shape in shapes.items()
+    ]
+    tensors.append(onnx.numpy_helper.from_array(np.array([0, 12 * SIZE]), "row"))
+    nodes = [
+        make.make_node("MatMul", ["images", "stack"], ["looked up"], "stacked"),
+        make.make_node("Reshape", ["looked up", "row"], ["rows"], "flatten"),
+        make.make_node("MatMul", ["rows", "hidden"], ["tokens"], "hidden"),
+        make.make_node("Relu", ["tokens"], ["on"], "act"),
+        make.make_node("MatMul", ["on", "head"], ["logits"], "head"),
+    ]
+    ends = [
+        make.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", *shape])
+        for name, shape in (("images", (3, SIZE, SIZE)), ("logits", (CLASSES,)))
+    ]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    onnx.save(make.make_model(graph, opset_imports=[make.make_opsetid("", 18)]), folder / "model.onnx")
+    write_sidecar(folder, "stacked")
+    return Graph.load(folder)
+
+
+@pytest.mark.parametrize("recipe", [recipes._seven_bit(recipes.DYNAMIC[1]), recipes._weighted_only(recipes.SEVEN, False)])
+def test_stacks_of_matrices_stay_in_float(recipe: Recipe, captured: dict[str, Captured], tmp_path: Path):
+    (tmp_path / "graph").mkdir()
+    backend, graph, found = get_backend("onnxruntime"), _stacked(tmp_path / "graph"), captured["cnn"]
+    artifact = backend.build(graph, recipe, found.calibration, tmp_path)
+    assert Counter(layer.precision for layer in artifact.layers if layer.weighted) == {Precision.INT8: 2, Precision.FP32: 1}
+    with backend.load(artifact, profile_for("onnxruntime")) as session:
+        answered = session.run({"images": found.inputs})["logits"]
+    expected = ort.InferenceSession(graph.path).run(None, {"images": found.inputs})[0]
+    assert np.linalg.norm(answered - expected) < 0.1 * np.linalg.norm(expected)
 
 
 def test_missing_provider_is_refused(build: Callable[[str, str, str], Built]):

@@ -6,11 +6,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
+from onnx import helper
+from torch.nn import functional
 
 from fofa_exporters import _onnx
 from fofa_exporters._quantization import Scheme, prepare, quantized
-from fofa_exporters._quantization.recover import learned, smoothed
-from fofa_exporters._quantization.statistics import observe
+from fofa_exporters._quantization.recover import _Folded, learned, smoothed
+from fofa_exporters._quantization.statistics import Channels, observe
 
 from .conftest import Captured
 
@@ -63,6 +66,27 @@ def test_learned_rounding_survives_inputs_that_are_always_zero():
     weight = np.array([[[0.4, 0.6, -0.2, 0.9]]], np.float32)
     found = learned(weight, gram, np.array([[0.1]], np.float32), 127)
     assert found == pytest.approx(np.array([[[4, 6, -2, 9]]]), abs=1)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("operator", ["Conv", "ConvTranspose"])
+def test_a_folded_weight_times_the_mean_input_is_the_mean_output(operator: str, groups: int):
+    """On maps that are constant, away from their edges, where every tap of a kernel sees the same."""
+    rng = np.random.default_rng(0)
+    channels, per_group = 8, 3
+    shape = (per_group * groups, channels // groups, 3, 3) if operator == "Conv" else (channels, per_group, 3, 3)
+    weight, mean = rng.normal(size=shape).astype(np.float32), rng.normal(size=channels).astype(np.float32)
+    folded = _Folded.of(helper.make_node(operator, ["x", "w"], ["y"], group=groups), shape)
+    found = np.einsum("gok,gk->go", folded.fold(weight), folded.inputs(Channels(mean, mean, mean))).ravel()
+    layer = functional.conv2d if operator == "Conv" else functional.conv_transpose2d
+    maps = torch.from_numpy(mean)[None, :, None, None].expand(1, -1, 7, 7)
+    expected = layer(maps, torch.from_numpy(weight), padding=1, groups=groups)[0, :, 3, 3].numpy()
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert np.array_equal(folded.unfold(folded.fold(weight)), weight)
+    steps = np.arange(shape[0] if operator == "Conv" else per_group, dtype=np.float32)
+    per_output = np.broadcast_to(steps.reshape(-1, *[1] * 3) if operator == "Conv" else steps[:, None, None], shape)
+    assert np.array_equal(folded.fold(per_output)[..., 0], folded.scales(steps))
+    assert np.array_equal(folded.scales(np.float32([2.0])), np.full(folded.outputs, 2.0))
 
 
 @pytest.mark.parametrize("kind", ["cnn", "vit"])

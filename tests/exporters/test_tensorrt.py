@@ -81,6 +81,20 @@ def test_an_activation_without_bf16_works_between_casts():
     assert {layer.precision for layer in layers if layer.weighted} == {Precision.BF16}
 
 
+def test_a_transposed_convolution_without_bf16_works_between_casts():
+    trt = pytest.importorskip("tensorrt_rtx")
+    make, float32 = onnx.helper, onnx.TensorProto.FLOAT
+    images, shown = (
+        make.make_tensor_value_info(name, float32, ["N", 8, *size]) for name, size in (("images", (8, 8)), ("shown", (16, 16)))
+    )
+    values = {"weights": np.ones((8, 8, 2, 2), np.float32), "bias": np.ones(8, np.float32)}
+    tensors = [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
+    node = make.make_node("ConvTranspose", ["images", *values], ["shown"], "up", strides=[2, 2])
+    model = make.make_model(make.make_graph([node], "g", [images], [shown], tensors), opset_imports=[make.make_opsetid("", 18)])
+    _, layers = tensorrt._build_engine(trt, tensorrt._narrow(model, tensorrt.BF16, None), 1)
+    assert [layer.precision for layer in layers if layer.weighted] == [Precision.FP32]
+
+
 def test_attention_stays_float(build: Callable[[str, str, str], Built]):
     layers = build(NAME, "vit", INT8).artifact.layers
     products = [layer for layer in layers if layer.operator == "MATRIX_MULTIPLY" and not layer.weighted]

@@ -59,6 +59,21 @@ def test_resize_keeps_its_scales():
     assert stored["scales"] == TensorProto.FLOAT16, "what the product reads is half precision all the same"
 
 
+def test_ranges_stay_in_float32_or_whole():
+    weights = {"zero": np.float32(0), "one": np.float32(1), "none": np.int64(0), "step": np.int64(1), "four": np.int64(4)}
+    nodes = [
+        helper.make_node("Cast", ["four"], ["end"], to=TensorProto.FLOAT),
+        helper.make_node("Range", ["zero", "end", "one"], ["places"]),
+        helper.make_node("Range", ["none", "four", "step"], ["indices"]),
+        helper.make_node("Gather", ["places", "indices"], ["picked"]),
+        helper.make_node("Add", ["images", "picked"], ["logits"]),
+    ]
+    found = typed(_graph(nodes, weights, [1, 4]), Precision.FP16)
+    onnx.checker.check_model(found, full_check=True)
+    answered = ort.InferenceSession(found.SerializeToString()).run(None, {"images": np.zeros((1, 4), np.float32)})[0]
+    assert answered.tolist() == [[0, 1, 2, 3]]
+
+
 def test_values_beyond_the_range_become_the_largest():
     nodes = [helper.make_node("Add", ["images", "mask"], ["logits"])]
     found = typed(_graph(nodes, {"mask": np.float32([-1e9, 1.0])}, [2]), Precision.FP16)

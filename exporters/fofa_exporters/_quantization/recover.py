@@ -136,30 +136,37 @@ def _shift(bias: str, change: Floats, tensors: dict[str, onnx.TensorProto], make
 class _Folded:
     """A layer's weight as (G,O,K): groups, output channels of each, inputs of each output."""
 
-    groups: int
     axis: int
-    shape: tuple[int, ...]
+    """Of the output channels, in ``grouped``."""
+    grouped: tuple[int, ...]
+    """The weight's shape with its first axis, whatever lies along it, split into groups."""
 
     @classmethod
     def of(cls, node: onnx.NodeProto, shape: tuple[int, ...]) -> _Folded:
         groups = next((a.i for a in node.attribute if a.name == "group"), 1)
-        return cls(groups, output_axis(node) % len(shape), shape)
+        return cls(output_axis(node) % len(shape) + 1, (groups, shape[0] // groups, *shape[1:]))
+
+    @property
+    def outputs(self) -> tuple[int, int]:
+        return self.grouped[0], self.grouped[self.axis]
 
     def fold(self, weight: NDArray[Any]) -> NDArray[Any]:
-        outer = np.moveaxis(weight, self.axis, 0)
-        return outer.reshape(self.groups, self.shape[self.axis] // self.groups, -1)
+        return np.moveaxis(weight.reshape(self.grouped), self.axis, 1).reshape(*self.outputs, -1)
 
     def unfold(self, weight: NDArray[Any]) -> NDArray[Any]:
-        others = tuple(size for axis, size in enumerate(self.shape) if axis != self.axis)
-        return np.moveaxis(weight.reshape(self.shape[self.axis], *others), 0, self.axis)
+        others = tuple(size for axis, size in enumerate(self.grouped) if axis not in (0, self.axis))
+        parted = np.moveaxis(weight.reshape(*self.outputs, *others), 1, self.axis)
+        return parted.reshape(-1, *self.grouped[2:])
 
     def scales(self, scale: Floats) -> Floats:
-        return np.broadcast_to(scale, self.shape[self.axis]).reshape(self.groups, -1)
+        """(G,O); the groups of a transposed convolution share theirs."""
+        each = scale.reshape(-1, self.outputs[1]) if scale.size > 1 else scale
+        return np.broadcast_to(each, self.outputs)
 
     def inputs(self, channels: Channels) -> Floats:
         """Mean of every input (G,K), padding not counted."""
-        inner = int(np.prod(self.shape)) // self.shape[self.axis]
-        per_group = channels.mean.reshape(self.groups, -1)
+        inner = int(np.prod(self.grouped) // np.prod(self.outputs))
+        per_group = channels.mean.reshape(self.grouped[0], -1)
         return np.repeat(per_group, inner // per_group.shape[1], axis=1)
 
 

@@ -38,7 +38,7 @@ def quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme) 
         prepared, statistics = recover.smoothed(prepared, statistics, scheme.smoothing)
     if scheme.ranges == BEST:
         scheme = replace(scheme, ranges=best_ranges(prepared, statistics, calibration, scheme))
-    in_float = [*most_sensitive(seen.errors, scheme.float_share), *written_out(prepared)]
+    in_float = [*most_sensitive(seen.errors, scheme.float_share), *written_out(prepared), *_onnx.stacked(prepared)]
     written = _write(prepared, statistics, scheme, in_float)
     if scheme.learned_rounding or scheme.bias_correction:
         recover.refine(written, prepared, statistics, calibration, scheme)
