@@ -17,6 +17,7 @@ from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, BuildError
 from fofa_deploy.types import Device, HardwareProfile, Precision
 from fofa_exporters import openvino
+from fofa_exporters._quantization import Scheme, quantized
 
 from .conftest import Built, Captured, profile_for, run_in_batches
 
@@ -189,6 +190,37 @@ def test_depthwise_convolutions_are_in_int8_too(captured: dict[str, Captured]):
     )
     model = openvino._read(source, openvino._nncf(Precision.FP32, transformer=False), calibration)
     compiled = openvino._core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert [row.precision for row in openvino.layer_table(compiled) if row.weighted] == [Precision.INT8] * 3
+
+
+def test_a_concatenation_before_a_batch_norm_is_not_rounded_again(captured: dict[str, Captured]):
+    """OpenVINO dies of it: see what leaves such concatenations out."""
+    calibration, rng = captured["cnn"].calibration, np.random.default_rng(0)
+    name = calibration.sidecar.input.name
+    shapes = {"first": (8, 3, 3, 3), "second": (8, 8, 3, 3), "third": (8, 16, 1, 1)}
+    tensors = [numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), key) for key, shape in shapes.items()]
+    norm = {key: rng.uniform(0.5, 1.5, 16).astype(np.float32) for key in ("scale", "shift", "mean", "variance")}
+    tensors += [numpy_helper.from_array(values, key) for key, values in norm.items()]
+    nodes = [
+        helper.make_node("Conv", [name, "first"], ["a"], name="one", pads=[1] * 4),
+        helper.make_node("Relu", ["a"], ["b"], name="two"),
+        helper.make_node("Conv", ["b", "second"], ["c"], name="three", pads=[1] * 4),
+        helper.make_node("Concat", ["b", "c"], ["d"], name="four", axis=1),
+        helper.make_node("BatchNormalization", ["d", *norm], ["e"], name="five"),
+        helper.make_node("Relu", ["e"], ["f"], name="six"),
+        helper.make_node("Conv", ["f", "third"], ["g"], name="seven"),
+    ]
+    ends = [
+        helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, ["batch", channels, 32, 32])
+        for end, channels in ((name, 3), ("g", 8))
+    ]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    source = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    written = quantized(source, calibration, Scheme())
+    assert "d" not in {node.input[0] for node in written.graph.node if node.op_type == "QuantizeLinear"}
+    recipe = openvino._pairs(Precision.FP32, transformer=False, seven_bit_weights=False)
+    model = openvino._read(source, recipe, calibration)
+    compiled = openvino._core().compile_model(openvino._sized(model, 1), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert [row.precision for row in openvino.layer_table(compiled) if row.weighted] == [Precision.INT8] * 3
 
 
