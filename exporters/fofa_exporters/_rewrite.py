@@ -18,19 +18,14 @@ def expand_col2im(model: onnx.ModelProto) -> onnx.ModelProto:
     if not nodes:
         return model
     inferred = shape_inference.infer_shapes(model)
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
     widths = {value.name: value.type.tensor_type.shape.dim[1].dim_value for value in inferred.graph.value_info if _rank(value) == 3}
-    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    for index, node in reversed(list(enumerate(model.graph.node))):
-        width = widths.get(node.input[0], 0) if node.op_type == "Col2Im" else 0
-        if width and known.keys() >= {node.input[1], node.input[2]}:
-            tensors, replacement = _moved(node, width, known[node.input[1]], known[node.input[2]])
-            del out.graph.node[index]
-            for new in reversed(replacement):
-                out.graph.node.insert(index, new)
-            out.graph.initializer.extend(tensors)
-    return out
+    known = _constants(model)
+    found = {
+        node.output[0]: _moved(node, widths[node.input[0]], known[node.input[1]], known[node.input[2]])
+        for node in nodes
+        if widths.get(node.input[0]) and known.keys() >= {node.input[1], node.input[2]}
+    }
+    return _replaced(model, found)
 
 
 def flatten_scales(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -38,22 +33,27 @@ def flatten_scales(model: onnx.ModelProto) -> onnx.ModelProto:
 
     OpenVINO 2026.4 takes such a map for a factor of the kernel, and folds it in there.
     """
-    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    known = _constants(model)
     kernels = {node.input[0]: known[node.input[1]].shape[2:] for node in model.graph.node if _convolves(node, known)}
     products = [node for node in model.graph.node if node.op_type in ("Mul", "Div")]
     scales = [node for node in products if _map(node, known) == kernels.get(node.output[0], ())]
-    if not scales:
+    return _replaced(model, {scale.output[0]: _flattened(scale, known[scale.input[1]]) for scale in scales})
+
+
+def flatten_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``Gather`` by a constant table of places done by a list of them.
+
+    OpenVINO 2026.4 moves a scale per channel behind it without a thought for the axes that a table adds. Nodes whose result
+    has more than one axis of unknown size stay as they are.
+    """
+    known = _constants(model)
+    gathers = [n for n in model.graph.node if n.op_type == "Gather" and n.input[1] in known and known[n.input[1]].ndim > 1]
+    if not gathers:
         return model
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
-    places = {node.output[0]: index for index, node in enumerate(model.graph.node)}
-    for scale in reversed(scales):
-        tensors, replacement = _flattened(scale, known[scale.input[1]])
-        del out.graph.node[places[scale.output[0]]]
-        for new in reversed(replacement):
-            out.graph.node.insert(places[scale.output[0]], new)
-        out.graph.initializer.extend(tensors)
-    return out
+    inferred = shape_inference.infer_shapes(model).graph
+    sides = {v.name: [side.dim_value for side in v.type.tensor_type.shape.dim] for v in (*inferred.value_info, *inferred.output)}
+    sized = [gather for gather in gathers if all(sides.get(gather.output[0], [0, 0])[1:])]
+    return _replaced(model, {n.output[0]: _listed(n, known[n.input[1]], sides[n.output[0]]) for n in sized})
 
 
 def absorb_endless_pads(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -96,6 +96,27 @@ def _joint_pads(pool: onnx.NodeProto, added: np.ndarray) -> list[int] | None:
     )
 
 
+Replacement = tuple[list[onnx.TensorProto], list[onnx.NodeProto]]
+"""Constants, and the nodes that read them."""
+
+
+def _constants(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def _replaced(model: onnx.ModelProto, found: dict[str, Replacement]) -> onnx.ModelProto:
+    """With other nodes for those that write these tensors; the model itself is left alone."""
+    if not found:
+        return model
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    nodes = [new for node in model.graph.node for new in (found[node.output[0]][1] if node.output[0] in found else [node])]
+    del out.graph.node[:]
+    out.graph.node.extend(nodes)
+    out.graph.initializer.extend(tensor for tensors, _ in found.values() for tensor in tensors)
+    return out
+
+
 def _convolves(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> bool:
     return node.op_type == "Conv" and node.input[1] in known and known[node.input[1]].ndim == 4
 
@@ -106,7 +127,7 @@ def _map(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> tuple[int, ...] 
     return value.shape[-2:] if value is not None and value.ndim in (2, 3, 4) and value.shape[-2:] != (1, 1) else None
 
 
-def _flattened(node: onnx.NodeProto, value: np.ndarray) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+def _flattened(node: onnx.NodeProto, value: np.ndarray) -> Replacement:
     name = node.output[0]
     shapes = {"rows": np.array([0, 0, -1], np.int64), "map": np.array([0, 0, *value.shape[-2:]], np.int64)}
     shapes["factors"] = value.reshape(*value.shape[:-2], -1)
@@ -118,13 +139,20 @@ def _flattened(node: onnx.NodeProto, value: np.ndarray) -> tuple[list[onnx.Tenso
     return [numpy_helper.from_array(array, f"{name}.{kind}") for kind, array in shapes.items()], nodes
 
 
+def _listed(node: onnx.NodeProto, table: np.ndarray, sides: list[int]) -> Replacement:
+    name, axis = node.output[0], [attribute for attribute in node.attribute if attribute.name == "axis"]
+    stored = {"places": table.ravel(), "shape": np.array([-1, *sides[1:]], np.int64)}
+    gathered = helper.make_node("Gather", [node.input[0], f"{name}.places"], [f"{name}.listed"], name=node.name)
+    gathered.attribute.extend(axis)
+    shaped = helper.make_node("Reshape", [f"{name}.listed", f"{name}.shape"], [name], name=f"{node.name}.unflatten")
+    return [numpy_helper.from_array(array, f"{name}.{kind}") for kind, array in stored.items()], [gathered, shaped]
+
+
 def _rank(value: onnx.ValueInfoProto) -> int:
     return len(value.type.tensor_type.shape.dim)
 
 
-def _moved(
-    node: onnx.NodeProto, width: int, image: np.ndarray, block: np.ndarray
-) -> tuple[list[onnx.TensorProto], list[onnx.NodeProto]]:
+def _moved(node: onnx.NodeProto, width: int, image: np.ndarray, block: np.ndarray) -> Replacement:
     """Columns (B,width,L) -> (B,width,*places), then one group of one-hot kernels per channel of the image."""
     attributes = {attribute.name: list(helper.get_attribute_value(attribute)) for attribute in node.attribute}
     ones, taps = [1] * len(block), int(block.prod())

@@ -39,7 +39,7 @@ from fofa_exporters._device import Products
 from fofa_exporters._nncf import nncf_quantized
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import SMOOTHING, grown
-from fofa_exporters._rewrite import flatten_scales
+from fofa_exporters._rewrite import flatten_gathers, flatten_scales
 from fofa_exporters._words import telling
 
 HINTS = {Precision.FP32: ov.Type.f32, Precision.BF16: ov.Type.bf16, Precision.FP16: ov.Type.f16}
@@ -356,7 +356,7 @@ def _read(source: onnx.ModelProto, recipe: Recipe, calibration: Calibration | No
     """The graph as OpenVINO's model, quantized where the recipe says so."""
     pairs = recipe.options.get("method") == "qdq"
     if pairs:
-        source = quantized(source, require_calibration(recipe, calibration), Scheme.of(recipe))
+        source = flatten_gathers(quantized(source, require_calibration(recipe, calibration), Scheme.of(recipe)))
     written = flatten_scales(source).SerializeToString()
     if pairs or recipe.precision is not Precision.INT8:
         return _core().read_model(written)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import openvino as ov
 import pytest
 from onnx import helper, numpy_helper
@@ -218,10 +219,36 @@ def test_a_concatenation_before_a_batch_norm_is_not_rounded_again(captured: dict
     source = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     written = quantized(source, calibration, Scheme())
     assert "d" not in {node.input[0] for node in written.graph.node if node.op_type == "QuantizeLinear"}
-    recipe = openvino._pairs(Precision.FP32, transformer=False, seven_bit_weights=False)
+    recipe = openvino._pairs(Precision.FP32, transformer=False, seven_bit_weights=True)
     model = openvino._read(source, recipe, calibration)
     compiled = openvino._core().compile_model(openvino._sized(model, 1), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert [row.precision for row in openvino.layer_table(compiled) if row.weighted] == [Precision.INT8] * 3
+
+
+def test_windows_are_gathered_from_maps_with_a_scale_per_channel(captured: dict[str, Captured]):
+    """As halo attention does; OpenVINO forgets the axes that a table of places adds."""
+    calibration, rng = captured["cnn"].calibration, np.random.default_rng(0)
+    name, table = calibration.sidecar.input.name, np.arange(0, 24, 8)[:, None] + np.arange(8)
+    tensors = [
+        numpy_helper.from_array(rng.normal(size=(8, 3, 3, 3)).astype(np.float32), "kernel"),
+        numpy_helper.from_array(table, "table"),
+    ]
+    nodes = [
+        helper.make_node("Conv", [name, "kernel"], ["maps"], name="one", pads=[1] * 4),
+        helper.make_node("Gather", ["maps", "table"], ["windows"], name="two", axis=2),
+    ]
+    ends = [
+        helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, ["batch", *sides])
+        for end, sides in ((name, (3, 32, 32)), ("windows", (8, 3, 8, 32)))
+    ]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    source = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    model = openvino._read(source, openvino._pairs(Precision.FP32, transformer=True, seven_bit_weights=True), calibration)
+    compiled = openvino._core().compile_model(openvino._sized(model, 2), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert [row.precision for row in openvino.layer_table(compiled) if row.weighted] == [Precision.INT8]
+    images = captured["cnn"].inputs[:2]
+    expected = ort.InferenceSession(source.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {name: images})[0]
+    assert np.linalg.norm(compiled({name: images})[0] - expected) < 0.05 * np.linalg.norm(expected)
 
 
 def test_accuracy_control_gives_back_layers_until_answers_are_kept(captured: dict[str, Captured], tmp_path: Path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from fofa_exporters._rewrite import absorb_endless_pads, expand_col2im, flatten_scales
+from fofa_exporters._rewrite import absorb_endless_pads, expand_col2im, flatten_gathers, flatten_scales
 
 CHANNELS = 3
 
@@ -102,6 +102,32 @@ def test_products_of_tensors_and_other_scales_are_left_alone():
         [helper.make_node("Mul", ["out", "out"], ["square"]), helper.make_node("Div", ["square", "factors"], ["end"])]
     )
     assert [node.op_type for node in flatten_scales(model).graph.node] == ["Reshape", "Mul", "Reshape", "Conv", "Mul", "Div"]
+
+
+@pytest.mark.parametrize("axis", [1, 2, -1])
+def test_a_table_of_places_becomes_a_list(axis):
+    table, make = np.array([[0, 1, 2], [1, 2, 3]], np.int64), helper.make_tensor_value_info
+    node = helper.make_node("Gather", ["maps", "table"], ["windows"], name="unfold", axis=axis)
+    sides = [4, 5, 6]
+    taken = np.take(np.empty((2, *sides)), table, axis).shape
+    values = [
+        make(name, onnx.TensorProto.FLOAT, ["batch", *shape[1:]]) for name, shape in (("maps", (0, *sides)), ("windows", taken))
+    ]
+    graph = helper.make_graph([node], "g", values[:1], values[1:], [numpy_helper.from_array(table, "table")])
+    rewritten = flatten_gathers(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
+    onnx.checker.check_model(rewritten, full_check=True)
+    assert [node.op_type for node in rewritten.graph.node] == ["Gather", "Reshape"]
+    maps = np.random.default_rng(0).standard_normal((2, *sides)).astype(np.float32)
+    session = ort.InferenceSession(rewritten.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert np.array_equal(session.run(None, {"maps": maps})[0], np.take(maps, table, axis))
+
+
+def test_lists_of_places_and_computed_tables_are_left_alone():
+    make, nodes = helper.make_tensor_value_info, [helper.make_node("Gather", ["maps", "places"], ["some"], axis=1)]
+    ends = [make("maps", onnx.TensorProto.FLOAT, ["batch", 4]), make("some", onnx.TensorProto.FLOAT, ["batch", 2])]
+    stored = [numpy_helper.from_array(np.array([0, 3]), "places")]
+    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], stored))
+    assert flatten_gathers(model) is model
 
 
 def _padded(value: float, sides: list[int], **pool: object) -> onnx.ModelProto:
