@@ -43,6 +43,7 @@ RANK = list(WORDS)
 CAUSES = {
     ("efficientvim", "cpu-openvino"): "OpenVINO's CPU plugin computes a depthwise convolution minus a tensor, times a vector, wrong"
     " where the batch is dynamic and 1 and the map one pixel; a static batch, another batch or a larger map is right",
+    ("sequencer", "rtx-desktop"): "its 36 LSTMs hold most of its layers with weights, and TensorRT has no LSTM in int8",
 }
 """What was found out about failures, by family and target."""
 PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "openvino", "nncf", "tensorrt-rtx", "fofa-deploy")
