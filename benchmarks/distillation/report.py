@@ -91,10 +91,10 @@ def _comparison(scores: dict[str, dict[Block, float]], regime: str) -> list[str]
 def _screening(scores: dict[str, dict[Block, float]], lines: Iterable[dict], regime: str) -> list[str]:
     if not scores:
         return []
-    named = [method.name for method in (*study.FORMS, *study.ABLATIONS) if method.name in scores]
+    named = [method.name for method in study.FORMS if method.name in scores]
     pairs = [pair.name for pair in study.PAIRS if any(pair.name == key[0] for found in scores.values() for key in found)]
     return [
-        f"## Forms of feedback and ablations, validation accuracy, {_described(regime)}",
+        f"## Forms of feedback, validation accuracy, {_described(regime)}",
         "",
         *_table(scores, named, pairs, FORM_REFERENCE),
         *_forgetting(lines, regime),

@@ -153,12 +153,11 @@ def rate(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
 
 
 def screen(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
-    """Every form of feedback and every ablation, on the pairs whose students gain most."""
+    """Every form of feedback."""
     rates = _rates(regime)
     for seed in range(SCREENING_SEED, SCREENING_SEED + seeds):
-        for pair in study.PAIRS[:2]:
-            for method in (*study.FORMS, *study.ABLATIONS):
-                yield Training("screen", regime, pair, method, 0, seed, epochs, rates[pair.student])
+        for pair, form in product(study.SCREENED, study.FORMS):
+            yield Training("screen", regime, pair, form, 0, seed, epochs, rates[pair.student])
 
 
 def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:

@@ -116,8 +116,13 @@ FORMS = (
     _fofa("late prompt, trained by labels, blind to L_FD", fofa={**LATE, "follow": 0.0}, weights={"supervision": 1.0}),
     _fofa("late prompt without the gap", fofa={**LATE, "feedback": False}),
     _fofa("side prompts", fofa={**ALL, "path": "side"}),
+    _fofa("prompts in every stage", fofa=ALL),
+    _fofa("prompts in every stage, no regularizer", fofa=ALL, weights={"regularizer": 0.0}),
 )
 """Forms of adaptive feedback, screened on validation images alone."""
+
+SCREENED = (PAIRS[0], PAIRS[2])
+"""The pairs whose students gained most by the default plan when it was tuned."""
 
 ABLATIONS = (
     _fofa("FOFA without attention", fofa={"attention": False}),
@@ -126,7 +131,6 @@ ABLATIONS = (
     _fofa("FOFA with KD for DIST", method="fofa+rsd"),
     _fofa("FOFA without features", method="rsd+dist"),
     _fofa("FOFA with fixed weights", balance="fixed"),
-    _fofa("FOFA, prompts, no regularizer", fofa=ALL, weights={"regularizer": 0.0}),
 )
 
 
