@@ -58,7 +58,7 @@ def flatten_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def absorb_endless_pads(model: onnx.ModelProto) -> onnx.ModelProto:
     """``Pad`` with minus infinity before a ``MaxPool`` as that one's own padding: no range holds what it writes."""
-    known = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    known = _constants(model)
     readers = Counter(name for node in model.graph.node for name in node.input)
     outputs = {value.name for value in model.graph.output}
     out = onnx.ModelProto()
@@ -94,6 +94,18 @@ def _joint_pads(pool: onnx.NodeProto, added: np.ndarray) -> list[int] | None:
     return (
         [*map(int, joint.flatten())] if plain and not sides[:, :2].any() and (joint < kernel).all() and (sides >= 0).all() else None
     )
+
+
+def drop_endless_clips(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``Clip`` between infinities as ``Identity``: onnxruntime 1.32 leaves a product before a ``Clip`` in float."""
+    known = _constants(model)
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    for node in out.graph.node:
+        if node.op_type == "Clip" and [np.inf * sign for sign in (-1, 1)] == [known.get(name) for name in node.input[1:]]:
+            node.op_type = "Identity"
+            del node.input[1:]
+    return out
 
 
 Replacement = tuple[list[onnx.TensorProto], list[onnx.NodeProto]]

@@ -10,7 +10,13 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from fofa_exporters._rewrite import absorb_endless_pads, expand_col2im, flatten_gathers, flatten_scales
+from fofa_exporters._rewrite import (
+    absorb_endless_pads,
+    drop_endless_clips,
+    expand_col2im,
+    flatten_gathers,
+    flatten_scales,
+)
 
 CHANNELS = 3
 
@@ -171,3 +177,18 @@ def test_padding_with_minus_infinity_becomes_the_pool_s_own(pool):
 )
 def test_other_paddings_stay(value, sides, pool):
     assert [node.op_type for node in absorb_endless_pads(_padded(value, sides, **pool)).graph.node] == ["Pad", "MaxPool"]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "operator"),
+    [((-np.inf, np.inf), "Identity"), ((np.inf, -np.inf), "Clip"), ((0, np.inf), "Clip"), ((-np.inf,), "Clip"), ((), "Clip")],
+)
+def test_only_a_clip_that_lets_all_pass_is_dropped(bounds, operator):
+    named = dict(zip(("low", "high"), map(np.float32, bounds), strict=False))
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch"]) for name in ("x", "y")]
+    node = helper.make_node("Clip", ["x", *named], ["y"], name="clip")
+    stored = [numpy_helper.from_array(np.asarray(value), name) for name, value in named.items()]
+    model = helper.make_model(helper.make_graph([node], "g", ends[:1], ends[1:], stored))
+    rewritten = drop_endless_clips(model)
+    onnx.checker.check_model(rewritten, full_check=True)
+    assert [node.op_type for node in rewritten.graph.node] == [operator]

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import onnx
 
 from fofa_exporters import _onnx
-from fofa_exporters._rewrite import absorb_endless_pads
+from fofa_exporters._rewrite import absorb_endless_pads, drop_endless_clips
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -20,7 +20,7 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
         onnx.save(model, source)  # a model given in memory is cut into external files, which onnxruntime then cannot read
         # Symbolic inference needs sympy and gives up on some ViTs; plain inference annotates every tensor of both kinds here.
         quant_pre_process(source, target, skip_symbolic_shape=True)
-        prepared = absorb_endless_pads(onnx.load(target))
+        prepared = drop_endless_clips(absorb_endless_pads(onnx.load(target)))
     for index, node in enumerate(prepared.graph.node):
         node.name = node.name or f"{node.op_type}_{index}"  # nodes are picked by name, and exporters may leave names out
     return prepared
