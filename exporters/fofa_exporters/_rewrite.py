@@ -44,7 +44,7 @@ def flatten_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
     """``Gather`` by a constant table of places done by a list of them.
 
     OpenVINO 2026.4 moves a scale per channel behind it without a thought for the axes that a table adds. Nodes whose result
-    has more than one axis of unknown size stay as they are.
+    has an axis of unknown size, but for the first, stay as they are.
     """
     known = _constants(model)
     gathers = [n for n in model.graph.node if n.op_type == "Gather" and n.input[1] in known and known[n.input[1]].ndim > 1]
@@ -102,7 +102,7 @@ def drop_endless_clips(model: onnx.ModelProto) -> onnx.ModelProto:
     out = onnx.ModelProto()
     out.CopyFrom(model)
     for node in out.graph.node:
-        if node.op_type == "Clip" and [np.inf * sign for sign in (-1, 1)] == [known.get(name) for name in node.input[1:]]:
+        if node.op_type == "Clip" and [known.get(name) for name in node.input[1:]] == [-np.inf, np.inf]:
             node.op_type = "Identity"
             del node.input[1:]
     return out
