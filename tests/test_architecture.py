@@ -46,6 +46,7 @@ RUNTIMES = {
     "_engine": {"onnx"},
     "_fused": {"onnx"},
     "_onnx": {"onnx", "onnxruntime"},
+    "_normal": {"onnx"},
     "_onnxruntime_recipes": {"onnx"},
     "_rewrite": {"onnx"},
     "onnxruntime": {"onnx", "onnxruntime"},

@@ -109,10 +109,18 @@ def typed_layers(model: onnx.ModelProto) -> tuple[Layer, ...]:
     return tuple(_typed_layer(node, constant, makers, stored) for node in model.graph.node if not constant.issuperset(node.output))
 
 
+def _root(name: str, makers: dict[str, onnx.NodeProto]) -> str:
+    """The stored constant that another one is made of, turned or reshaped."""
+    while name in makers and makers[name].input:
+        name = makers[name].input[0]
+    return name
+
+
 def _typed_layer(node: onnx.NodeProto, constant: set[str], makers: dict[str, onnx.NodeProto], stored: dict[str, int]) -> Layer:
     product = node.op_type in _onnx.WEIGHTED
     weighted = product and node.input[1] in constant
     integer = product and all(name in makers and makers[name].op_type == "DequantizeLinear" for name in node.input[:2])
-    held = next((stored[name] for name in node.input if name in stored), int(onnx.TensorProto.FLOAT))
+    roots = (_root(name, makers) for name in node.input if name in constant)
+    held = next((stored[name] for name in roots if name in stored), int(onnx.TensorProto.FLOAT))
     precision = Precision.INT8 if integer else _STORED.get(held, Precision.FP32)
     return Layer(name=node.name, operator=node.op_type, precision=precision, weighted=weighted)

@@ -14,6 +14,8 @@ import onnx
 from onnx import helper, numpy_helper, shape_inference
 
 DOMAIN = "com.microsoft"
+_SPLIT_BY_INPUT = 13
+"""The first opset whose ``Split`` takes lengths as an input, and whose ``Softmax`` is of one axis."""
 _SWAPPED = [0, 2, 1, 3]
 """(B,N,H,D) -> (B,H,N,D), and back."""
 _BY_HEADS = [2, 0, 3, 1, 4]
@@ -21,7 +23,9 @@ _BY_HEADS = [2, 0, 3, 1, 4]
 
 
 def fused(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with those operators; the same graph where there is nothing to fuse."""
+    """The graph with those operators; the same graph where there is nothing to fuse, or what is there cannot be told for sure."""
+    if not _is_plain(model):
+        return model
     graph = _Graph(model)
     for rule in _RULES:
         for node in list(graph.nodes):
@@ -32,11 +36,20 @@ def fused(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def written_out(model: onnx.ModelProto) -> list[str]:
     """Names of the operators that make up GELUs: in int8 one by one they are slower, and round four times where one would do."""
+    if not _is_plain(model):
+        return []
     graph, found = _Graph(model), []
     for node in graph.nodes:
         if replacement := _gelu(graph, node):
             found += graph.between(replacement.new[0].input[0], node)
     return [node.name for node in found]
+
+
+def _is_plain(model: onnx.ModelProto) -> bool:
+    """No branches, which read what nobody sees, and operators as the rules know them."""
+    branches = any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute)
+    old = any(not opset.domain and opset.version < _SPLIT_BY_INPUT for opset in model.opset_import)
+    return not branches and not old
 
 
 class _Graph:
@@ -60,16 +73,12 @@ class _Graph:
 
     def value(self, name: str) -> np.ndarray | None:
         """Of a constant."""
-        if name in self._known:
-            return numpy_helper.to_array(self._known[name])
-        written = self.before(name, "Constant")
-        tensor = _attributes(written).get("value") if written is not None else None
-        return numpy_helper.to_array(tensor) if tensor is not None else None
+        return numpy_helper.to_array(self._known[name]) if name in self._known else None
 
     def number(self, name: str) -> float | None:
-        """Of a constant of one element."""
+        """Of a constant of one element, and no more than one axis: what it is multiplied with keeps its shape."""
         value = self.value(name)
-        return float(value.item()) if value is not None and value.size == 1 else None
+        return float(value.item()) if value is not None and value.size == 1 and value.ndim < 2 else None
 
     def between(self, start: str, end: onnx.NodeProto) -> list[onnx.NodeProto]:
         """The nodes that lead from a tensor to a node, that one included."""
@@ -132,7 +141,7 @@ def _gelu(graph: _Graph, node: onnx.NodeProto) -> _Replacement | None:
     rest = [name for name in factors if name not in halves]
     for name, other in (rest, rest[::-1]) if (len(halves), len(rest)) == (1, 2) else ():
         if _erf_of(graph, other) == name:
-            gelu = helper.make_node("Gelu", [name], [node.output[0]], name=f"{node.name}.gelu", domain=DOMAIN)
+            gelu = helper.make_node("Gelu", [name], [node.output[0]], name=f"{node.output[0]}.gelu", domain=DOMAIN)
             return _Replacement([node], [gelu])
     return None
 
@@ -177,8 +186,10 @@ def _attention(graph: _Graph, node: onnx.NodeProto) -> _Replacement | None:
 def _joined(graph: _Graph, node: onnx.NodeProto, parts: Sequence[_Part], scale: float) -> _Replacement | None:
     """One operator on three tensors (B,N,C), cut from wider ones where they lie side by side."""
     name, heads, width = node.output[0], parts[0].heads, parts[0].heads * parts[0].depth
-    shape = graph.value(node.input[1])
+    shape, tokens = graph.value(node.input[1]), graph.shapes[parts[0].source][1]
     if shape is None or len(shape) != 3 or int(shape[2]) not in (width, -1):
+        return None
+    if int(shape[1]) not in (0, tokens) and [*shape[:2]] != [0, -1]:
         return None
     cuts: dict[str, onnx.NodeProto] = {}
     tensors = []
@@ -189,7 +200,7 @@ def _joined(graph: _Graph, node: onnx.NodeProto, parts: Sequence[_Part], scale: 
             cuts[part.source] = helper.make_node("Split", [part.source, tensors[-1].name], outputs, axis=2)
     inputs = [cuts[part.source].output[part.place] if part.parts > 1 else part.source for part in parts]
     joined = helper.make_node(
-        "MultiHeadAttention", inputs, [name], f"{node.name}.attention", domain=DOMAIN, num_heads=heads, scale=scale
+        "MultiHeadAttention", inputs, [name], f"{name}.attention", domain=DOMAIN, num_heads=heads, scale=scale
     )
     return _Replacement([node], [*cuts.values(), joined], tuple(tensors))
 
@@ -250,7 +261,9 @@ def _gathered(graph: _Graph, node: onnx.NodeProto) -> tuple[str, int] | None:
 def _entry(graph: _Graph, name: str, axis: int) -> tuple[str, int] | None:
     """The tensor of which this is one entry along an axis, and which one."""
     if (split := graph.before(name, "Split")) is not None:
-        return (split.input[0], list(split.output).index(name)) if _attributes(split).get("axis", 0) == axis else None
+        lengths = graph.value(split.input[1]) if len(split.input) > 1 else np.ones(1)
+        single = lengths is not None and (lengths == 1).all() and _attributes(split).get("axis", 0) == axis
+        return (split.input[0], list(split.output).index(name)) if single else None
     sliced = graph.before(name, "Slice")
     bounds = [graph.number(bound) for bound in sliced.input[1:4]] if sliced is not None else []
     if sliced is None or len(bounds) < 3 or bounds[0] is None or bounds[1:] != [bounds[0] + 1, axis]:
@@ -265,7 +278,17 @@ def _untransposed(graph: _Graph, name: str) -> str:
     last = graph.before(name, "Reshape")
     turned = graph.before(last.input[0], "Transpose") if last is not None else None
     first = graph.before(turned.input[0], "Reshape") if turned is not None and _turns(turned, [0, 2, 1]) else None
-    return str(first.input[0]) if first is not None else ""
+    if last is None or first is None:
+        return ""
+    before, joined, after = (graph.shapes.get(name, ()) for name in (first.input[0], first.output[0], last.output[0]))
+    kept = len(before) == 4 and _agree(joined[1:], before[2:]) and _agree(after[1:], (before[1], before[3], before[2]))
+    return str(first.input[0]) if kept else ""
+
+
+def _agree(one: Sequence[int | str], other: Sequence[int | str]) -> bool:
+    """As far as is known: exporters compute some shapes while running."""
+    both = [pair for pair in zip(one, other, strict=False) if all(isinstance(side, int) for side in pair)]
+    return len(one) == len(other) and all(left == right for left, right in both)
 
 
 def _turns(node: onnx.NodeProto, order: list[int]) -> bool:

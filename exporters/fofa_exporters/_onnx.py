@@ -14,6 +14,7 @@ from onnx.external_data_helper import uses_external_data
 
 from fofa_deploy.errors import GraphError, IntegrityError
 from fofa_deploy.types import FileRecord, Graph, Layer, ModelFile, TensorSpec, digest_file
+from fofa_exporters._normal import normalized
 
 DOMAINS = frozenset({"", "ai.onnx"})
 CONTRIBUTED = DOMAINS | {"com.microsoft"}
@@ -28,7 +29,7 @@ _EXPORT_AGAIN = "capture the model again as one standard ONNX file; custom opera
 
 
 def read(graph: Graph) -> onnx.ModelProto:
-    """Parse and check a captured graph before any runtime touches its file.
+    """Parse and check a captured graph before any runtime touches its file; written in the one way that others expect.
 
     Raises:
         IntegrityError: the file is not the captured one.
@@ -36,7 +37,7 @@ def read(graph: Graph) -> onnx.ModelProto:
     """
     if not graph.path.is_file() or digest_file(graph.path) != graph.sha256:
         raise IntegrityError(f"{graph.path} is missing or altered since it was captured", "capture the model again")
-    return read_file(graph.path, {graph.sidecar.input.name}, {graph.sidecar.output.name})
+    return normalized(read_file(graph.path, {graph.sidecar.input.name}, {graph.sidecar.output.name}))
 
 
 def read_file(path: Path, inputs: set[str], outputs: set[str]) -> onnx.ModelProto:
@@ -113,10 +114,17 @@ def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodePro
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    yield from model.graph.initializer
-    for node in _all_nodes(model):
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors, *attribute.g.initializer)
+    """Every stored tensor, those of branches and the parts of sparse ones included."""
+    attributes = [attribute for node in _all_nodes(model) for attribute in node.attribute]
+    branches = [branch for attribute in attributes for branch in (attribute.g, *attribute.graphs)]
+    sparse = [tensor for attribute in attributes for tensor in (attribute.sparse_tensor, *attribute.sparse_tensors)]
+    for graph in (model.graph, *branches):
+        yield from graph.initializer
+        sparse += graph.sparse_initializer
+    for attribute in attributes:
+        yield from (attribute.t, *attribute.tensors)
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
 
 
 # --- asking -------------------------------------------------------------------------------------------------------

@@ -35,9 +35,18 @@ def flatten_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     known = _constants(model)
     kernels = {node.input[0]: known[node.input[1]].shape[2:] for node in model.graph.node if _convolves(node, known)}
-    products = [node for node in model.graph.node if node.op_type in ("Mul", "Div")]
-    scales = [node for node in products if _map(node, known) == kernels.get(node.output[0], ())]
-    return _replaced(model, {scale.output[0]: _flattened(scale, known[scale.input[1]]) for scale in scales})
+    products = [node for node in model.graph.node if node.op_type in ("Mul", "Div") and node.output[0] in kernels]
+    places = [(node, place) for node in products for place in ((1, 0) if node.op_type == "Mul" else (1,))]
+    found = [(node, place) for node, place in places if _map(node, place, known) == kernels[node.output[0]]]
+    if not found:
+        return model
+    sides = _sides(model)
+    scales = [
+        (node, place)
+        for node, place in found
+        if tuple(sides.get(node.output[0], ())[-2:]) == kernels[node.output[0]] and len(sides[node.output[0]]) == 4
+    ]
+    return _replaced(model, {node.output[0]: _flattened(node, place, known[node.input[place]]) for node, place in scales})
 
 
 def flatten_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -50,8 +59,7 @@ def flatten_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
     gathers = [n for n in model.graph.node if n.op_type == "Gather" and n.input[1] in known and known[n.input[1]].ndim > 1]
     if not gathers:
         return model
-    inferred = shape_inference.infer_shapes(model).graph
-    sides = {v.name: [side.dim_value for side in v.type.tensor_type.shape.dim] for v in (*inferred.value_info, *inferred.output)}
+    sides = _sides(model)
     sized = [gather for gather in gathers if all(sides.get(gather.output[0], [0, 0])[1:])]
     return _replaced(model, {n.output[0]: _listed(n, known[n.input[1]], sides[n.output[0]]) for n in sized})
 
@@ -61,6 +69,8 @@ def absorb_endless_pads(model: onnx.ModelProto) -> onnx.ModelProto:
     known = _constants(model)
     readers = Counter(name for node in model.graph.node for name in node.input)
     outputs = {value.name for value in model.graph.output}
+    if not any(_is_endless(node, known) for node in model.graph.node):
+        return model
     out = onnx.ModelProto()
     out.CopyFrom(model)
     pads = {node.output[0]: node for node in out.graph.node if _is_endless(node, known)}
@@ -99,13 +109,14 @@ def _joint_pads(pool: onnx.NodeProto, added: np.ndarray) -> list[int] | None:
 def drop_endless_clips(model: onnx.ModelProto) -> onnx.ModelProto:
     """``Clip`` between infinities as ``Identity``: onnxruntime 1.32 leaves a product before a ``Clip`` in float."""
     known = _constants(model)
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
-    for node in out.graph.node:
-        if node.op_type == "Clip" and [known.get(name) for name in node.input[1:]] == [-np.inf, np.inf]:
-            node.op_type = "Identity"
-            del node.input[1:]
-    return out
+    clips = [node for node in model.graph.node if node.op_type == "Clip"]
+    endless = [clip for clip in clips if [_number(known.get(name)) for name in clip.input[1:]] == [-np.inf, np.inf]]
+    made = {clip.output[0]: helper.make_node("Identity", clip.input[:1], clip.output, clip.name) for clip in endless}
+    return _replaced(model, {name: ([], [node]) for name, node in made.items()})
+
+
+def _number(value: np.ndarray | None) -> float | None:
+    return float(value.item()) if value is not None and value.size == 1 else None
 
 
 Replacement = tuple[list[onnx.TensorProto], list[onnx.NodeProto]]
@@ -133,19 +144,26 @@ def _convolves(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> bool:
     return node.op_type == "Conv" and node.input[1] in known and known[node.input[1]].ndim == 4
 
 
-def _map(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> tuple[int, ...] | None:
-    """Height and width of a node's constant second operand, where it has any extent."""
-    value = known.get(node.input[1])
+def _sides(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Lengths of the axes of computed tensors as far as they can be inferred, 0 where they cannot."""
+    inferred = shape_inference.infer_shapes(model).graph
+    return {v.name: [side.dim_value for side in v.type.tensor_type.shape.dim] for v in (*inferred.value_info, *inferred.output)}
+
+
+def _map(node: onnx.NodeProto, place: int, known: dict[str, np.ndarray]) -> tuple[int, ...] | None:
+    """Height and width of a node's constant operand, where it has any extent."""
+    value = known.get(node.input[place])
     return value.shape[-2:] if value is not None and value.ndim in (2, 3, 4) and value.shape[-2:] != (1, 1) else None
 
 
-def _flattened(node: onnx.NodeProto, value: np.ndarray) -> Replacement:
+def _flattened(node: onnx.NodeProto, place: int, value: np.ndarray) -> Replacement:
     name = node.output[0]
+    operands = [f"{name}.flat", f"{name}.factors"][:: 1 if place else -1]
     shapes = {"rows": np.array([0, 0, -1], np.int64), "map": np.array([0, 0, *value.shape[-2:]], np.int64)}
     shapes["factors"] = value.reshape(*value.shape[:-2], -1)
     nodes = [
-        helper.make_node("Reshape", [node.input[0], f"{name}.rows"], [f"{name}.flat"], name=f"{node.name}.flatten"),
-        helper.make_node(node.op_type, [f"{name}.flat", f"{name}.factors"], [f"{name}.scaled"], name=node.name),
+        helper.make_node("Reshape", [node.input[1 - place], f"{name}.rows"], [f"{name}.flat"], name=f"{node.name}.flatten"),
+        helper.make_node(node.op_type, operands, [f"{name}.scaled"], name=node.name),
         helper.make_node("Reshape", [f"{name}.scaled", f"{name}.map"], [name], name=f"{node.name}.unflatten"),
     ]
     return [numpy_helper.from_array(array, f"{name}.{kind}") for kind, array in shapes.items()], nodes

@@ -14,6 +14,8 @@ from fofa_deploy.types import Precision
 
 _CODES = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 _LARGEST: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
+_SMALLEST = 2.0**-24
+"""In fp16; bf16 has the range of float32."""
 Places = Mapping[str, tuple[int, ...]]
 """Of a node's inputs, by operator. A node whose first input is among them works in that type, and its first output has it, too."""
 
@@ -63,7 +65,7 @@ def _check_scales(graph: onnx.GraphProto) -> None:
 def _keep_float32(graph: onnx.GraphProto, model: onnx.ModelProto, float32: Places, code: int) -> None:
     """Unrounded copies of the constants, and casts of the activations, that some nodes of ``model`` want in float32."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    others = _of_other_types(model) if any(node.op_type == "Range" for node in graph.node) else frozenset[str]()
+    others = _of_other_types(model) if any(node.op_type in float32 for node in graph.node) else frozenset[str]()
     nodes: list[onnx.NodeProto] = []
     made: set[str] = set()
     for node in graph.node:
@@ -91,8 +93,8 @@ def _keep_float32(graph: onnx.GraphProto, model: onnx.ModelProto, float32: Place
 def _of_other_types(model: onnx.ModelProto) -> frozenset[str]:
     """Names of tensors that are known to hold something else than float32."""
     stored = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    inferred = onnx.shape_inference.infer_shapes(model).graph.value_info
-    kinds = stored | {value.name: value.type.tensor_type.elem_type for value in inferred}
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    kinds = stored | {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.input)}
     return frozenset(name for name, kind in kinds.items() if kind not in (TensorProto.FLOAT, TensorProto.UNDEFINED))
 
 
@@ -102,8 +104,11 @@ def _convert(tensor: TensorProto, code: int) -> None:
 
 
 def _clipped(values: NDArray[np.float32], code: int) -> NDArray[np.generic]:
-    largest = _LARGEST[code]
-    return np.clip(values, -largest, largest).astype(helper.tensor_dtype_to_np_dtype(code))
+    largest, kind = _LARGEST[code], helper.tensor_dtype_to_np_dtype(code)
+    found = np.clip(values, -largest, largest).astype(kind)
+    if values.size == 1 and values.any() and not found.any():  # an epsilon, say: it is there to be divided by
+        return np.copysign(np.full_like(values, _SMALLEST), values).astype(kind)
+    return found
 
 
 def _retype(node: onnx.NodeProto, code: int) -> None:

@@ -378,7 +378,8 @@ def layer_table(compiled: Any) -> tuple[Layer, ...]:  # noqa: ANN401 - openvino 
 def _layer(operation: Any) -> Layer:  # noqa: ANN401
     info = operation.rt_info
     operator, precision = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
-    weighted = operator in _WEIGHTED
+    sources = (value.get_node().rt_info["layerType"].astype(str) for value in operation.input_values())
+    weighted = operator in _WEIGHTED or (operator == "MatMul" and "Const" in sources)  # a stack of matrices
     return Layer(
         name=operation.get_friendly_name(), operator=operator, precision=_PRECISIONS.get(precision, precision), weighted=weighted
     )

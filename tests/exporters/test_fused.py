@@ -161,6 +161,52 @@ def test_what_is_nearly_attention_stays(wrong):
     assert fused(written) is written
 
 
+@pytest.mark.parametrize("rows", [[-1, 1, WIDTH], [1, -1, WIDTH]], ids=str)
+def test_tokens_that_are_regrouped_afterwards_stay(rows):
+    written = attention()
+    written.graph.initializer[1].CopyFrom(numpy_helper.from_array(np.array(rows), "rows"))
+    assert fused(written) is written
+
+
+def test_keys_that_change_heads_on_their_way_stay():
+    """As many numbers in other places: (B,H,N,D) by way of (B*N,H,D)."""
+    written = attention(keys="as they are")
+    steps = [("Reshape", ["k", "mixed up"], "k1", {}), ("Transpose", ["k1"], "k2", {"perm": [0, 2, 1]})]
+    steps += [("Reshape", ["k2", "apart"], "keys", {})]
+    places = {"mixed up": np.array([-1, HEADS, DEPTH]), "apart": np.array([-1, HEADS, DEPTH, TOKENS])}
+    written.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in places.items())
+    at = next(place for place, node in enumerate(written.graph.node) if node.name == "scores")
+    written.graph.node[at].input[1] = "keys"
+    for kind, inputs, output, options in reversed(steps):
+        written.graph.node.insert(at, helper.make_node(kind, inputs, [output], name=output, **options))
+    assert fused(written) is written
+
+
+def test_what_was_written_for_other_operators_stays():
+    for written in (attention(), gelu(*ORDERS["half of the sum"])):
+        written.opset_import[0].version = 12
+        assert fused(written) is written
+
+
+def test_what_branches_may_read_stays():
+    written = gelu(*ORDERS["half of the sum"])
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        end = helper.make_tensor_value_info(f"{name}.out", onnx.TensorProto.FLOAT, None)
+        nodes = [helper.make_node("Identity", ["sum"], [f"{name}.out"])]
+        branches[name] = helper.make_graph(nodes, name, [], [end])
+    written.graph.initializer.append(numpy_helper.from_array(np.array(True), "which"))
+    written.graph.node.append(helper.make_node("If", ["which"], ["either"], name="choice", **branches))
+    assert fused(written) is written
+    assert written_out(written) == []
+
+
+def test_half_in_an_array_of_more_axes_is_not_half():
+    written = gelu(*ORDERS["half of x"])
+    written.graph.initializer[2].CopyFrom(numpy_helper.from_array(np.full((1, 1, 1, 1), 0.5, np.float32), "half"))
+    assert fused(written) is written
+
+
 def test_a_captured_transformer_is_fused_as_it_is_and_as_it_is_prepared(captured: dict[str, Captured]):
     graph = captured["vit"].graph
     written = onnx.load(graph.path)

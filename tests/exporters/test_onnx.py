@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
@@ -75,6 +76,30 @@ def test_what_hides_in_a_branch_of_a_function_is_found(tmp_path: Path):
     model.functions.append(make.make_function("ai.onnx", "Choice", ["x"], ["z"], [choice], opsets))
     onnx.save(model, graph.path)
     with pytest.raises(GraphError, match=r"evil\.example"):
+        _onnx.read(Graph.load(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["initializer", "constant", "branch"])
+def test_external_data_of_sparse_tensors_and_branches_is_refused(place: str, tmp_path: Path):
+    graph, make = stand_in("cnn", tmp_path), onnx.helper
+    model = onnx.load(graph.path)
+    values = onnx.numpy_helper.from_array(np.float32([1, 2]), "hidden")
+    (tmp_path / "w.bin").write_bytes(values.raw_data)
+    onnx.external_data_helper.set_external_data(values, "w.bin")
+    values.ClearField("raw_data")
+    values.data_location = onnx.TensorProto.EXTERNAL
+    sparse = make.make_sparse_tensor(values, onnx.numpy_helper.from_array(np.array([0, 3]), "places"), [4])
+    if place == "initializer":
+        model.graph.sparse_initializer.append(sparse)
+    elif place == "constant":
+        model.graph.node.append(make.make_node("Constant", [], ["unread"], sparse_value=sparse))
+    else:
+        result = make.make_tensor_value_info("out", onnx.TensorProto.FLOAT, [2])
+        branch = make.make_graph([make.make_node("Identity", ["hidden"], ["out"])], "b", [], [result], [values])
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "which"))
+        model.graph.node.append(make.make_node("If", ["which"], ["unread"], then_branch=branch, else_branch=branch))
+    graph.path.write_bytes(model.SerializeToString())
+    with pytest.raises(GraphError, match=r"keeps weights in other files|not a safe ONNX file"):
         _onnx.read(Graph.load(tmp_path))
 
 

@@ -10,6 +10,7 @@ import torch
 from onnx import helper
 from torch.nn import functional
 
+from fofa_deploy.types import Calibration
 from fofa_exporters import _onnx
 from fofa_exporters._quantization import Scheme, prepare, quantized
 from fofa_exporters._quantization.recover import _Folded, learned, smoothed
@@ -124,3 +125,72 @@ def test_a_share_of_the_error_stays_in_float(captured: dict[str, Captured]):
     assert 0 < len(in_float) < len(products) / 2
     whole = quantized(model, cnn.calibration, Scheme())
     assert np.linalg.norm(_run(mixed, cnn.inputs) - cnn.logits) < np.linalg.norm(_run(whole, cnn.inputs) - cnn.logits)
+
+
+def _convolutions(calibration: Calibration, readers: int, bias: str = "b") -> onnx.ModelProto:
+    """As many convolutions with one weight and one bias, one after the other; a layer norm with the same bias at the end."""
+    rng = np.random.default_rng(0)
+    values = {"w0": rng.normal(size=(8, 3, 3, 3)), "w": rng.normal(size=(8, 8, 3, 3)) / 9, "b": rng.normal(size=8)}
+    tensors = [onnx.numpy_helper.from_array(value.astype(np.float32), name) for name, value in values.items()]
+    names = ["first", *(f"c{index}" for index in range(readers))]
+    sources = [calibration.sidecar.input.name, *names[:-1]]
+    nodes = [
+        helper.make_node("Conv", [source, "w" if index else "w0", bias], [name], name=name, pads=[1] * 4)
+        for index, (source, name) in enumerate(zip(sources, names, strict=True))
+    ]
+    nodes.append(helper.make_node("Transpose", [names[-1]], ["last"], name="turn", perm=[0, 2, 3, 1]))
+    nodes.append(helper.make_node("LayerNormalization", ["last", "b"], ["y"], name="norm"))
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", *sides])
+        for name, sides in ((sources[0], (3, 32, 32)), ("y", (32, 32, 8)))
+    ]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize("quantize_bias", [True, False])
+def test_what_a_bias_makes_good_is_its_own_layers_alone(quantize_bias: bool, captured: dict[str, Captured]):
+    calibration = captured["cnn"].calibration
+    model = _convolutions(calibration, 1)
+    written = quantized(model, calibration, Scheme(weighted_only=True, float_outputs=True, quantize_bias=quantize_bias))
+    stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in written.graph.initializer}
+    norm = next(node for node in written.graph.node if node.op_type == "LayerNormalization")
+    before = onnx.numpy_helper.to_array(model.graph.initializer[2])
+    if norm.input[1] in stored:
+        assert np.array_equal(stored[norm.input[1]], before)
+
+
+def test_a_weight_that_layers_share_is_rounded_for_all_of_them(captured: dict[str, Captured]):
+    calibration = captured["cnn"].calibration
+    model = _convolutions(calibration, 3)
+    floats = _run_all(model, captured["cnn"].inputs)
+
+    def error(**options: bool) -> float:
+        scheme = Scheme(weighted_only=True, float_outputs=True, seven_bit_weights=True, **options)
+        return float(np.linalg.norm(_run_all(quantized(model, calibration, scheme), captured["cnn"].inputs) - floats))
+
+    assert error(learned_rounding=True) < error(learned_rounding=False)
+
+
+def test_convolutions_of_sequences_are_rounded_to_nearest(captured: dict[str, Captured]):
+    """Whose windows nobody samples."""
+    calibration, rng = captured["cnn"].calibration, np.random.default_rng(0)
+    name, kernel = calibration.sidecar.input.name, rng.normal(size=(4, 3, 5)).astype(np.float32)
+    nodes = [
+        helper.make_node("Reshape", [name, "sides"], ["row"], name="flatten"),
+        helper.make_node("Conv", ["row", "kernel"], ["y"], name="sequence"),
+    ]
+    tensors = [onnx.numpy_helper.from_array(kernel, "kernel"), onnx.numpy_helper.from_array(np.array([0, 3, -1]), "sides")]
+    ends = [
+        helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, ["batch", *sides])
+        for end, sides in ((name, (3, 32, 32)), ("y", (4, 1020)))
+    ]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    plain, learnt = (quantized(model, calibration, Scheme(learned_rounding=way)) for way in (False, True))
+    assert {n.op_type for n in learnt.graph.node} >= {"QuantizeLinear", "DequantizeLinear"}
+    assert [t.raw_data for t in learnt.graph.initializer] == [t.raw_data for t in plain.graph.initializer]
+
+
+def _run_all(model: onnx.ModelProto, inputs: np.ndarray) -> np.ndarray:
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"images": inputs})[0]

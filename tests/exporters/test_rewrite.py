@@ -102,6 +102,28 @@ def test_openvino_keeps_a_scale_out_of_a_kernel_of_its_size(operator, factors, k
     np.testing.assert_allclose(compiled({"maps": maps})[0], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_scale_may_be_the_first_factor():
+    model = _scaled("Mul", (7, 7), 7)
+    model.graph.node[0].input[:] = ["factors", "maps"]
+    maps = np.random.default_rng(1).standard_normal((2, 2, 7, 7)).astype(np.float32)
+    (expected,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"maps": maps})
+    rewritten = flatten_scales(model)
+    assert [node.op_type for node in rewritten.graph.node] == ["Reshape", "Mul", "Reshape", "Conv"]
+    compiled = ov.Core().compile_model(
+        ov.Core().read_model(rewritten.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    np.testing.assert_allclose(compiled({"maps": maps})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_of_factors_is_no_map():
+    """A kernel of its shape, on maps of another."""
+    model = _scaled("Mul", (2, 1, 7), 7)
+    kernel = np.ones((1, 2, 1, 7), np.float32)
+    model.graph.initializer[1].CopyFrom(numpy_helper.from_array(kernel, "kernel"))
+    model.graph.node[1].attribute[0].CopyFrom(helper.make_attribute("pads", [0, 3, 0, 3]))
+    assert flatten_scales(model) is model
+
+
 def test_products_of_tensors_and_other_scales_are_left_alone():
     model = _scaled("Mul", (7, 7), 7)
     model.graph.node.extend(

@@ -80,6 +80,15 @@ def test_values_beyond_the_range_become_the_largest():
     assert numpy_helper.to_array(found.graph.initializer[0]).tolist() == [-65504.0, 1.0]
 
 
+def test_an_epsilon_does_not_become_nothing():
+    """As in x / max(|x|, 1e-12)."""
+    nodes = [helper.make_node("Abs", ["images"], ["size"]), helper.make_node("Max", ["size", "epsilon"], ["norm"])]
+    nodes.append(helper.make_node("Div", ["images", "norm"], ["logits"]))
+    found = typed(_graph(nodes, {"epsilon": np.float32([1e-12])}, [1, 2]), Precision.FP16)
+    answered = ort.InferenceSession(found.SerializeToString()).run(None, {"images": np.float32([[0, 3]])})[0]
+    assert answered.tolist() == [[0, 1]]
+
+
 def test_steps_that_fp16_cannot_hold_are_refused():
     pair = ["q", "dq"]
     nodes = [

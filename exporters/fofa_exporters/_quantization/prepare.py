@@ -8,7 +8,11 @@ from tempfile import TemporaryDirectory
 import onnx
 
 from fofa_exporters import _onnx
+from fofa_exporters._normal import normalized
 from fofa_exporters._rewrite import absorb_endless_pads, drop_endless_clips
+
+PER_CHANNEL = 13
+"""The first opset whose Q/DQ pairs have an axis."""
 
 
 def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -17,10 +21,13 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
 
     with TemporaryDirectory() as scratch, _onnx.quiet():
         source, target = Path(scratch) / "source.onnx", Path(scratch) / "prepared.onnx"
-        onnx.save(model, source)  # a model given in memory is cut into external files, which onnxruntime then cannot read
+        onnx.save(_recent(model), source)  # a model given in memory is cut into external files, which onnxruntime then cannot read
         # Symbolic inference needs sympy and gives up on some ViTs; plain inference annotates every tensor of both kinds here.
         quant_pre_process(source, target, skip_symbolic_shape=True)
-        prepared = drop_endless_clips(absorb_endless_pads(onnx.load(target)))
-    for index, node in enumerate(prepared.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"  # nodes are picked by name, and exporters may leave names out
-    return prepared
+        return normalized(drop_endless_clips(absorb_endless_pads(onnx.load(target))))
+
+
+def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
+    """With operators that know scales per channel."""
+    old = any(opset.domain in _onnx.DOMAINS and opset.version < PER_CHANNEL for opset in model.opset_import)
+    return onnx.version_converter.convert_version(model, PER_CHANNEL) if old else model

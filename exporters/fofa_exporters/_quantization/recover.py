@@ -8,6 +8,7 @@ Data-free quantization, ICCV 2019, arXiv 1906.04721).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,13 +17,15 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from fofa_deploy.types import Calibration
 from fofa_exporters import _onnx
 from fofa_exporters._quantization.scheme import Scheme
 from fofa_exporters._quantization.sensitivity import output_axis
 from fofa_exporters._quantization.statistics import Channels, Floats, Statistics, exposed
+
+Tensors = dict[str, TensorProto]
 
 IMAGES, POSITIONS = 32, 48
 """Images, and positions per image, whose inputs decide the rounding of a layer."""
@@ -75,7 +78,7 @@ def _smoothable(
             continue
         own = [*norm.input[1:], *(node.input[1] for node in behind if len(node.input) > 1)]
         products = all(n.name in weighted and n.op_type in ("MatMul", "Gemm") and n.input[0] == norm.output[0] for n in behind)
-        if products and all(name in tensors for name in own):
+        if products and all(name in tensors for name in own) and all(len(tensors[n.input[1]].dims) == 2 for n in behind):
             yield norm, behind
 
 
@@ -103,29 +106,66 @@ def refine(
     floats = {tensor.name: tensor for tensor in prepared.graph.initializer}
     nodes = {node.name: node for node in _onnx.weighted(prepared)}
     quantized = {n.name: n for n in written.graph.node if n.name in nodes and _is_dequantized(n.input[1], makers)}
-    grams = _grams(prepared, [nodes[name] for name in quantized], floats, calibration) if scheme.learned_rounding else {}
-    for name, node in quantized.items():
-        before = numpy_helper.to_array(floats[nodes[name].input[1]])
-        stored, scales = (tensors[part] for part in makers[node.input[1]].input[:2])
-        folded = _Folded.of(nodes[name], before.shape)
-        scale = folded.scales(numpy_helper.to_array(scales))
-        whole = folded.fold(numpy_helper.to_array(stored)).astype(np.float32)
-        if name in grams:
-            whole = learned(folded.fold(before), grams[name], scale, 64 if scheme.seven_bit_weights else 127)
-            _replace(stored, folded.unfold(whole))
-        if scheme.bias_correction and len(node.input) > 2:
-            mean = folded.inputs(statistics.channels[nodes[name].input[0]])
-            lost = np.einsum("gok,gk->go", folded.fold(before) - whole * scale[..., None], mean)
-            _shift(node.input[2], lost.ravel(), tensors, makers)
+    layers = [_Layer.of(nodes[name], node, makers[node.input[1]], floats, tensors) for name, node in quantized.items()]
+    if scheme.learned_rounding:
+        _round(layers, _grams(prepared, [nodes[name] for name in quantized], floats, calibration), scheme)
+    if scheme.bias_correction:
+        for layer in layers:
+            if (channels := statistics.channels.get(nodes[layer.node.name].input[0])) is not None and len(layer.node.input) > 2:
+                _shift(written, layer.node, layer.lost(channels), tensors, makers)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A node with quantized weights, and these before and after."""
+
+    node: onnx.NodeProto
+    folded: _Folded
+    scale: Floats
+    plain: TensorProto
+    stored: TensorProto
+
+    @classmethod
+    def of(cls, plain: onnx.NodeProto, node: onnx.NodeProto, pair: onnx.NodeProto, floats: Tensors, tensors: Tensors) -> _Layer:
+        before, (stored, scale) = floats[plain.input[1]], (tensors[name] for name in pair.input[:2])
+        folded = _Folded.of(plain, tuple(before.dims))
+        return cls(node, folded, folded.scales(numpy_helper.to_array(scale)), before, stored)
+
+    @property
+    def before(self) -> Floats:
+        return self.folded.fold(numpy_helper.to_array(self.plain))
+
+    def lost(self, channels: Channels) -> Floats:
+        """What rounding took from the mean of every output."""
+        whole = self.folded.fold(numpy_helper.to_array(self.stored)).astype(np.float32)
+        change = np.einsum("gok,gk->go", self.before - whole * self.scale[..., None], self.folded.inputs(channels))
+        return np.asarray(change.ravel())
+
+
+def _round(layers: list[_Layer], grams: dict[str, Floats], scheme: Scheme) -> None:
+    """Weights that several layers share are rounded once, for the inputs of all of them."""
+    sharing: dict[str, list[_Layer]] = defaultdict(list)
+    for layer in layers:
+        sharing[layer.stored.name].append(layer)
+    for first, *others in sharing.values():
+        known = [grams[layer.node.name] for layer in (first, *others) if layer.node.name in grams]
+        if len(known) == 1 + len(others) and all(other.folded == first.folded for other in others):
+            whole = learned(first.before, np.sum(known, axis=0), first.scale, 64 if scheme.seven_bit_weights else 127)
+            _replace(first.stored, first.folded.unfold(whole))
 
 
 def _is_dequantized(name: str, makers: dict[str, onnx.NodeProto]) -> bool:
     return name in makers and makers[name].op_type == "DequantizeLinear"
 
 
-def _shift(bias: str, change: Floats, tensors: dict[str, onnx.TensorProto], makers: dict[str, onnx.NodeProto]) -> None:
-    """Add to a bias, be it stored in float or in 32 bits behind a DequantizeLinear."""
-    if bias in tensors:
+def _shift(
+    written: onnx.ModelProto, node: onnx.NodeProto, change: Floats, tensors: Tensors, makers: dict[str, onnx.NodeProto]
+) -> None:
+    """Add to a bias, be it stored in float or in 32 bits behind a DequantizeLinear; a float one that others read is copied."""
+    bias = node.input[2]
+    if bias in tensors and sum(name == bias for other in written.graph.node for name in other.input) > 1:
+        _own(written, node, 2, numpy_helper.to_array(tensors[bias]) + change)
+    elif bias in tensors:
         _replace(tensors[bias], numpy_helper.to_array(tensors[bias]) + change)
     elif _is_dequantized(bias, makers):
         stored, scale = (tensors[part] for part in makers[bias].input[:2])
@@ -202,25 +242,29 @@ def _grams(
     prepared: onnx.ModelProto, nodes: list[onnx.NodeProto], weights: dict[str, onnx.TensorProto], calibration: Calibration
 ) -> dict[str, Floats]:
     """Sum of x xT (G,K,K) over sampled inputs of each layer; a layer whose inputs are laid out unusually is left out."""
-    nodes = [node for node in nodes if _samples(node)]
+    nodes = [node for node in nodes if _samples(node, len(weights[node.input[1]].dims))]
+    if not nodes:
+        return {}
     names = list(dict.fromkeys(node.input[0] for node in nodes))
     session, rng = exposed(prepared, names), np.random.default_rng(0)
     found: dict[str, Floats] = {}
     for feeds in islice(calibration.batches(4), IMAGES // 4):
         values = dict(zip(names, session.run(names, feeds), strict=True))
         for node in nodes:
-            x = _samples(node)(values[node.input[0]], node, tuple(weights[node.input[1]].dims), rng)
+            shape = tuple(weights[node.input[1]].dims)
+            x = _samples(node, len(shape))(values[node.input[0]], node, shape, rng)
             gram = np.swapaxes(x, 1, 2) @ x
             found[node.name] = found[node.name] + gram if node.name in found else gram
     return found
 
 
-def _samples(node: onnx.NodeProto) -> Any:  # noqa: ANN401 - a function of inputs, node, shape of the weight, generator
+def _samples(node: onnx.NodeProto, rank: int) -> Any:  # noqa: ANN401 - a function of inputs, node, shape of the weight, generator
     """How to read (G,N,K) inputs of a layer's dot products off its input; None where it is not known."""
-    if node.op_type == "MatMul" or (node.op_type == "Gemm" and not any(a.name == "transA" and a.i for a in node.attribute)):
+    told = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if rank == 2 and (node.op_type == "MatMul" or (node.op_type == "Gemm" and not told.get("transA"))):
         return _rows
-    padded = any(a.name == "auto_pad" and a.s not in (b"", b"NOTSET") for a in node.attribute)
-    return _patches if node.op_type == "Conv" and not padded else None
+    padded = told.get("auto_pad", b"NOTSET") not in (b"", b"NOTSET")
+    return _patches if rank == 4 and node.op_type == "Conv" and not padded else None
 
 
 def _rows(values: Floats, node: onnx.NodeProto, shape: tuple[int, ...], rng: np.random.Generator) -> Floats:

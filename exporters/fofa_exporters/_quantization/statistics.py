@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,8 +106,8 @@ def observe(prepared: onnx.ModelProto, calibration: Calibration) -> Statistics:
     watched = _watched(prepared)
     names = tuple(watched)
     session = exposed(prepared, names)
-    read = {node.input[0]: node.op_type for node in _onnx.weighted(prepared)}
-    extremes = [_Extremes(_channel_axis(read[name]) if name in read else None) for name in names]
+    axes = _channel_axes(prepared)
+    extremes = [_Extremes(axes.get(name)) for name in names]
     for feeds in calibration.batches(BATCH):
         for extreme, values in zip(extremes, session.run(list(names), feeds), strict=True):
             extreme.add(values)
@@ -143,8 +144,12 @@ def _watched(model: onnx.ModelProto) -> list[str]:
     return [n for n in (*(v.name for v in model.graph.input), *computed) if typed.get(n) == onnx.TensorProto.FLOAT]
 
 
-def _channel_axis(operator: str) -> int:
-    return 1 if operator in ("Conv", "ConvTranspose") else -1
+def _channel_axes(model: onnx.ModelProto) -> dict[str, int]:
+    """Of what layers with weights read; not where they do not agree."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for node in _onnx.weighted(model):
+        found[node.input[0]].add(1 if node.op_type in _onnx.CONVOLUTIONS else -1)
+    return {name: axes.pop() for name, axes in found.items() if len(axes) == 1}
 
 
 class _Extremes:

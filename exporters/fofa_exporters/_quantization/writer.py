@@ -8,7 +8,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
+from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+from fofa_deploy.errors import BuildError
 from fofa_deploy.types import Calibration
 from fofa_exporters import _onnx
 from fofa_exporters._fused import written_out
@@ -25,13 +27,27 @@ _OPERATORS = (
 )  # fmt: skip
 """What runs in int8 somewhere. Norms and softmax do not, and lose most by it."""
 
+_FAULTS: tuple[type[Exception], ...] = (
+    *(ValueError, LookupError, RuntimeError, onnx.version_converter.ConvertError, onnx.shape_inference.InferenceError),
+    *(state.Fail, state.InvalidGraph, state.InvalidArgument, state.NotImplemented, state.RuntimeException),
+)
+"""What onnx and onnxruntime raise on graphs that they do not take, when they rewrite or when they run them."""
+
 
 def quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme) -> onnx.ModelProto:
     """The Q/DQ graph of a captured float graph.
 
     Raises:
         DataError: an activation is NaN or infinite on a calibration image.
+        BuildError: it has something that cannot be quantized.
     """
+    try:
+        return _quantized(model, calibration, scheme)
+    except _FAULTS as error:
+        raise BuildError(f"the graph cannot be quantized: {type(error).__name__}: {error}", "try another recipe") from error
+
+
+def _quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme) -> onnx.ModelProto:
     seen = Observed.of(model, calibration, scheme)
     prepared, statistics = seen.prepared, seen.statistics
     if scheme.smoothing:
