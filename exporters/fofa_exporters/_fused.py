@@ -48,7 +48,7 @@ def written_out(model: onnx.ModelProto) -> list[str]:
 def _is_plain(model: onnx.ModelProto) -> bool:
     """No branches, which read what nobody sees, and operators as the rules know them."""
     branches = any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute)
-    old = any(not opset.domain and opset.version < _SPLIT_BY_INPUT for opset in model.opset_import)
+    old = any(opset.domain in ("", "ai.onnx") and opset.version < _SPLIT_BY_INPUT for opset in model.opset_import)
     return not branches and not old
 
 
