@@ -126,6 +126,7 @@ SCREENED = (PAIRS[0], PAIRS[2])
 """The pairs whose students gained most by the default plan when it was tuned."""
 
 ABLATIONS = (
+    _fofa("FOFA, late prompt without the gap", fofa={**LATE, "feedback": False}),
     _fofa("FOFA without attention", fofa={"attention": False}),
     _fofa("FOFA without standardized targets", fofa={"standardize": False}),
     _fofa("FOFA without RSD", method="fofa+dist"),
