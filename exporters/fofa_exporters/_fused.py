@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, shape_inference
 
+from fofa_exporters import _onnx
+
 DOMAIN = "com.microsoft"
 _SPLIT_BY_INPUT = 13
 """The first opset whose ``Split`` takes lengths as an input, and whose ``Softmax`` is of one axis."""
@@ -47,9 +49,7 @@ def written_out(model: onnx.ModelProto) -> list[str]:
 
 def _is_plain(model: onnx.ModelProto) -> bool:
     """No branches, which read what nobody sees, and operators as the rules know them."""
-    branches = any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute)
-    old = any(opset.domain in ("", "ai.onnx") and opset.version < _SPLIT_BY_INPUT for opset in model.opset_import)
-    return not branches and not old
+    return not _onnx.has_branches(model) and not _onnx.is_older(model, _SPLIT_BY_INPUT)
 
 
 class _Graph:

@@ -166,6 +166,16 @@ def is_convolutional(model: onnx.ModelProto) -> bool:
     return 2 * sum(node.op_type in CONVOLUTIONS for node in layers) >= len(layers)
 
 
+def is_older(model: onnx.ModelProto, opset: int) -> bool:
+    """Whether it is written in standard operators from before ``opset``."""
+    return any(used.domain in DOMAINS and used.version < opset for used in model.opset_import)
+
+
+def has_branches(model: onnx.ModelProto) -> bool:
+    """Whether a node holds a graph of its own, which may read any tensor outside it."""
+    return any(attribute.HasField("g") or attribute.graphs for node in model.graph.node for attribute in node.attribute)
+
+
 # --- silence ---------------------------------------------------------------------------------------------------------
 
 

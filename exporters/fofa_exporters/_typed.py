@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fofa_deploy.errors import BuildError
 from fofa_deploy.types import Precision
+from fofa_exporters import _onnx
 
 _CODES = {Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 _LARGEST: dict[int, float] = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895e38}
@@ -42,7 +43,7 @@ def typed(model: onnx.ModelProto, precision: Precision, float32: Places = FLOAT3
     found.CopyFrom(model)
     graph = found.graph
     del graph.value_info[:]
-    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
+    if _onnx.has_branches(model):
         raise BuildError(f"a graph with branches is not written in {precision}", "try another recipe")
     if precision is Precision.FP16:
         _check_scales(graph)

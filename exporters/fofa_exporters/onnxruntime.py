@@ -177,8 +177,7 @@ def _write_typed(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibrati
     if recipe.precision is Precision.FP16:
         onnx.save(_typed.typed(model, recipe.precision), main)
         return
-    old = any(opset.domain in _onnx.DOMAINS and opset.version < _BF16_OPSET for opset in model.opset_import)
-    newer = onnx.version_converter.convert_version(model, _BF16_OPSET) if old else model
+    newer = onnx.version_converter.convert_version(model, _BF16_OPSET) if _onnx.is_older(model, _BF16_OPSET) else model
     onnx.save(_typed.typed(newer, recipe.precision, _NO_BF16), main)
 
 

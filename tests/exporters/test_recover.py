@@ -154,10 +154,23 @@ def test_what_a_bias_makes_good_is_its_own_layers_alone(quantize_bias: bool, cap
     model = _convolutions(calibration, 1)
     written = quantized(model, calibration, Scheme(weighted_only=True, float_outputs=True, quantize_bias=quantize_bias))
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in written.graph.initializer}
-    norm = next(node for node in written.graph.node if node.op_type == "LayerNormalization")
+    pairs = {node.output[0]: node.input for node in written.graph.node if node.op_type == "DequantizeLinear"}
+
+    def value(name: str) -> np.ndarray:
+        return stored[name] if name in stored else stored[pairs[name][0]] * stored[pairs[name][1]]
+
     before = onnx.numpy_helper.to_array(model.graph.initializer[2])
-    if norm.input[1] in stored:
-        assert np.array_equal(stored[norm.input[1]], before)
+    shifts = {
+        node.name: np.abs(value(node.input[2 if node.op_type == "Conv" else 1]) - before).max()
+        for node in written.graph.node
+        if node.op_type in ("Conv", "LayerNormalization")
+    }
+    onnx.checker.check_model(written, full_check=True)
+    read = next(node.input[1] for node in written.graph.node if node.op_type == "LayerNormalization")
+    rounding = stored[pairs[read][1]].max() / 2 if read in pairs else 0.0
+    assert shifts["norm"] <= 1.01 * rounding
+    assert min(shifts["first"], shifts["c0"]) > 1.01 * rounding
+    assert not np.array_equal(*(value(node.input[2]) for node in written.graph.node if node.op_type == "Conv"))
 
 
 def test_a_weight_that_layers_share_is_rounded_for_all_of_them(captured: dict[str, Captured]):

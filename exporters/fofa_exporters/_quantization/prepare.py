@@ -29,5 +29,4 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
     """With operators that know scales per channel."""
-    old = any(opset.domain in _onnx.DOMAINS and opset.version < PER_CHANNEL for opset in model.opset_import)
-    return onnx.version_converter.convert_version(model, PER_CHANNEL) if old else model
+    return onnx.version_converter.convert_version(model, PER_CHANNEL) if _onnx.is_older(model, PER_CHANNEL) else model

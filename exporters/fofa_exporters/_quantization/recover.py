@@ -161,15 +161,32 @@ def _is_dequantized(name: str, makers: dict[str, onnx.NodeProto]) -> bool:
 def _shift(
     written: onnx.ModelProto, node: onnx.NodeProto, change: Floats, tensors: Tensors, makers: dict[str, onnx.NodeProto]
 ) -> None:
-    """Add to a bias, be it stored in float or in 32 bits behind a DequantizeLinear; a float one that others read is copied."""
+    """Add to a bias, be it stored in float or in 32 bits behind a DequantizeLinear; of one that others read, to a copy."""
     bias = node.input[2]
-    if bias in tensors and sum(name == bias for other in written.graph.node for name in other.input) > 1:
-        _own(written, node, 2, numpy_helper.to_array(tensors[bias]) + change)
-    elif bias in tensors:
-        _replace(tensors[bias], numpy_helper.to_array(tensors[bias]) + change)
+    shared = sum(name == bias for other in written.graph.node for name in other.input) > 1
+    if bias in tensors:
+        shifted = numpy_helper.to_array(tensors[bias]) + change
+        if shared:
+            _own(written, node, 2, shifted)
+        else:
+            _replace(tensors[bias], shifted)
     elif _is_dequantized(bias, makers):
         stored, scale = (tensors[part] for part in makers[bias].input[:2])
-        _replace(stored, numpy_helper.to_array(stored) + np.round(change / numpy_helper.to_array(scale)).astype(np.int32))
+        whole = numpy_helper.to_array(stored) + np.round(change / numpy_helper.to_array(scale)).astype(np.int32)
+        if shared:
+            _own_pair(written, node, makers[bias], whole)
+        else:
+            _replace(stored, whole)
+
+
+def _own_pair(written: onnx.ModelProto, node: onnx.NodeProto, pair: onnx.NodeProto, whole: NDArray[np.int32]) -> None:
+    """Give a node a quantized bias of its own, in the steps of the one that it shared."""
+    name = f"{pair.input[0]}/{node.name}"
+    written.graph.initializer.append(numpy_helper.from_array(whole, name))
+    own = helper.make_node("DequantizeLinear", [name, *pair.input[1:]], [f"{name}/dequantized"], f"{name}/dequantize")
+    own.attribute.extend(pair.attribute)
+    written.graph.node.insert(0, own)
+    node.input[2] = own.output[0]
 
 
 @dataclass(frozen=True)
