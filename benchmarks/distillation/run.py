@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import click
 
@@ -123,6 +124,7 @@ def _scores(out: Path, final: bool) -> dict:
         "test": summary.top1 if final else None,
         "diagnostics": last.diagnostics,
         "losses": last.losses,
+        "agreement": {name: mean(epoch.agreement[name] for epoch in curve) for name in last.agreement},
         "seconds": round(sum(epoch.seconds for epoch in curve), 1),
     }
 
@@ -156,8 +158,9 @@ def screen(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
     """Every form of feedback."""
     rates = _rates(regime)
     for seed in range(SCREENING_SEED, SCREENING_SEED + seeds):
-        for pair, form in product(study.SCREENED, study.FORMS):
-            yield Training("screen", regime, pair, form, 0, seed, epochs, rates[pair.student])
+        for pair, form in product(study.PAIRS, study.FORMS):
+            if pair in study.SCREENED or form in study.EVERYWHERE:
+                yield Training("screen", regime, pair, form, 0, seed, epochs, rates[pair.student])
 
 
 def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:

@@ -1,4 +1,4 @@
-"""Weights that nobody has to tune: every term is scaled so that it moves the student as much as the labels do."""
+"""Weights that nobody has to tune: every term moves the student as much as the labels do, as far as it pulls their way."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from fofa_deploy.distill.parallel import averaged
 INTERVAL = 20
 """Steps from one measurement to the next: one costs a backward pass through the student per term."""
 
+FULL = 0.2
+"""Cosine between a term's gradient and the labels' from which on the term counts fully."""
+
 _MEMORY = 0.8
 _LARGEST = 100.0
 """A term that hardly moves the student is scaled up, but not to noise."""
@@ -20,21 +23,33 @@ _LARGEST = 100.0
 class GradientBalance(nn.Module):
     """Scales of the terms: the norm of cross-entropy's gradient at the student's weights over that of the term's.
 
-    In the spirit of GradNorm (Chen et al., arXiv 1711.02257), without its training of the scales: norms are measured on
-    every 20th step, remembered as a moving average, and part of the checkpoint.
+    With ``heeded`` times their agreement, the cosine of the two gradients over `FULL`, between 0 and 1: how a teacher's
+    features come about may be of no use to a student of another family, and then fitting them takes capacity from its task.
+
+    Norms in the spirit of GradNorm (Chen et al., arXiv 1711.02257), without its training of the scales; cosines in that of
+    Du et al. (arXiv 1812.02224), who judge an auxiliary loss by them. Both are measured on every 20th step, remembered as
+    moving averages, and part of the checkpoint.
 
     Args:
         names: of the terms to be scaled; ``ce`` is what they are scaled to.
+        heeded: agreement counts, too.
     """
 
     norms: Tensor
+    cosines: Tensor
     steps: Tensor
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], heeded: bool = False) -> None:
         super().__init__()
-        self._names = ("ce", *names)
+        self._names, self._heeded = ("ce", *names), heeded
         self.register_buffer("norms", torch.zeros(len(self._names)))
+        self.register_buffer("cosines", torch.zeros(len(self._names)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def agreement(self) -> dict[str, float]:
+        """Term -> the cosine between its gradient and the labels', a moving average."""
+        return dict(zip(self._names[1:], self.cosines[1:].tolist(), strict=True))
 
     def forward(self, terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, Tensor]:
         """Named scalar losses -> a factor (no gradient) for each of the balanced ones."""
@@ -43,18 +58,29 @@ class GradientBalance(nn.Module):
                 self._measure(terms, [parameter for parameter in parameters if parameter.requires_grad])
             self.steps += 1
         scales = (self.norms[0] / self.norms[1:].clamp_min(1e-12)).clamp(1 / _LARGEST, _LARGEST)
+        if self._heeded:
+            scales = scales * (self.cosines[1:] / FULL).clamp(0, 1)
         known = (self.norms > 0).all()
         return dict(zip(self._names[1:], torch.where(known, scales, torch.ones_like(scales)), strict=True))
 
     def _measure(self, terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
-        found = torch.stack([_gradient_norm(terms[name], parameters) for name in self._names])
+        labels = _gradient(terms["ce"], parameters)
+        others = (_compared(labels, _gradient(terms[name], parameters)) for name in self._names[1:])
+        found = torch.stack([_compared(labels, labels), *others], dim=1)
         if found.isfinite().all():
             memory = _MEMORY if int(self.steps) else 0.0
-            self.norms.lerp_(found, 1 - memory)
+            self.norms.lerp_(found[0], 1 - memory)
+            self.cosines.lerp_(found[1], 1 - memory)
 
 
-def _gradient_norm(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Of the whole batch, wherever its parts are: averaged over processes first, as the optimizer's gradient is."""
-    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    norm: Tensor = averaged(torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])).norm()
-    return norm
+def _compared(labels: Tensor, gradient: Tensor) -> Tensor:
+    """(2,): the norm of a gradient (P,), and the cosine between it and the labels'; 0 where there is none."""
+    norm = gradient.norm()
+    return torch.stack([norm, labels @ gradient / (labels.norm() * norm).clamp_min(1e-12)])
+
+
+def _gradient(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """(P,), of the whole batch, wherever its parts are: averaged over processes first, as the optimizer's gradient is."""
+    found = torch.autograd.grad(term, parameters, retain_graph=True, materialize_grads=True)
+    gradient: Tensor = averaged(torch.cat([part.float().flatten() for part in found]))
+    return gradient

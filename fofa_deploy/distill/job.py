@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from fofa_deploy.config import LOGIT_TERMS, DistillPlan, ModelPlan, RunPlan, Tea
 from fofa_deploy.data import Data, Split, eval_batches, preprocessing
 from fofa_deploy.distill import parallel
 from fofa_deploy.distill.affinity import affinity
+from fofa_deploy.distill.balance import FULL
 from fofa_deploy.distill.fake import fake_quantized
 from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.objective import Objective
@@ -100,7 +102,7 @@ class Workshop:
             taught_by = None if distill.method == "none" else taught_by
             objective = self._objective(model, plan, distill, taught_by)
             curve = self._train(objective, plan, distill, out, f"distill the student ({distill.method})", taught_by)
-            _write(out / NOTICES, (*objective.notices, *forgotten(curve)))
+            _write(out / NOTICES, (*objective.notices, *forgotten(curve), *disagreeing(curve)))
         self._finish(plan, model, out)
 
     def retrain(self, plan: RunPlan, out: Path, student: Path, taught_by: Taught) -> None:
@@ -198,6 +200,16 @@ def forgotten(curve: Sequence[Epoch]) -> tuple[str, ...]:
     if drop <= FORGIVEN:
         return ()
     return (f"the prompted teacher forgot {100 * drop:.1f} points of accuracy: raise distill.weights.regularizer or anchor",)
+
+
+def disagreeing(curve: Sequence[Epoch]) -> tuple[str, ...]:
+    """A notice for every term that pulled too far from the labels' way, on the average over epochs, to count even by half."""
+    means = {name: fmean(epoch.agreement[name] for epoch in curve) for name in (curve[-1].agreement if curve else ())}
+    return tuple(
+        f"{name} hardly pulls the student the way of the labels (cosine {cosine:.2f}): without it training is cheaper"
+        for name, cosine in means.items()
+        if cosine < FULL / 2
+    )
 
 
 def check_floor(plan: TeacherPlan, summary: ModelSummary, classes: int) -> None:

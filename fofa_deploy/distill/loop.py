@@ -30,7 +30,7 @@ from fofa_deploy.data.sources import Indices, Pixels
 from fofa_deploy.distill import checkpoint, engine, parallel
 from fofa_deploy.distill.interrupt import interruptible
 from fofa_deploy.distill.objective import Losses, Objective
-from fofa_deploy.errors import InterruptedRunError, PlanError, TrainingError
+from fofa_deploy.errors import IntegrityError, InterruptedRunError, PlanError, TrainingError
 from fofa_deploy.inference import Normalize, predict
 from fofa_deploy.metrics import topk
 from fofa_deploy.progress import Progress, Task
@@ -81,6 +81,7 @@ class Trainer:
         TrainingError: another process of the training is gone.
         PlanError: a batch is too small to be shared by the processes.
         BackendError: this machine lacks what the plan asks for.
+        IntegrityError: checkpoints are damaged, or of another version.
         InterruptedRunError: Ctrl-C or SIGTERM, after a checkpoint.
     """
 
@@ -264,12 +265,14 @@ class Trainer:
                 losses=means,
                 top1=top1,
                 diagnostics=self._diagnose(),
+                agreement={} if self._objective.balance is None else self._objective.balance.agreement,
                 seconds=round(self._seconds, 3),
             )
         )
         if self._plan.trackers:
             shown = {"loss": loss, "top1": top1, "seconds": self._seconds, **means, **self._curve[-1].diagnostics}
             self._engine.log(engine.flat(shown, "epoch"), self._step)
+            self._engine.log(engine.flat(self._curve[-1].agreement, "agreement"), self._step)
         if top1 > self._best_top1:
             self._best_top1, self._best = top1, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         self._offset, self._sums, self._seconds = 0, {}, 0.0
@@ -330,7 +333,11 @@ class Trainer:
             self._progress.say(notice)
         if state is None:
             return
-        self._objective.load_state_dict(state["objective"])
+        try:
+            self._objective.load_state_dict(state["objective"])
+        except RuntimeError as error:  # the plan cannot be another one: the run directory sees to that
+            problem = f"the checkpoints in {self._folder} are of another version of fofa-deploy"
+            raise IntegrityError(problem, "go on with that version, or remove that folder to train from the start") from error
         self._optimizer.load_state_dict(state["optimizer"])
         if self._engine.scaler is not None:
             self._engine.scaler.load_state_dict(state["scaler"])

@@ -84,6 +84,8 @@ def test_a_run_leaves_weights_a_curve_and_the_teachers_diagnostics(uninterrupted
     assert [epoch.epoch for epoch in curve] == [1, 2]
     assert set(curve[0].losses) == {"ce", "kd", "fofa", "regularizer", "rsd"}
     assert set(curve[0].diagnostics) == {"teacher_top1", "prompted_top1", "drift_nats"}
+    assert set(curve[0].agreement) == {"kd", "fofa", "rsd"}
+    assert all(-1 <= cosine <= 1 for cosine in curve[-1].agreement.values())
     assert read_summary(uninterrupted).top1_validation == max(epoch.top1 for epoch in curve)
 
 
@@ -193,6 +195,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     (tmp_path / "step-2.pt").write_bytes(b"")
     with pytest.raises(IntegrityError, match="every checkpoint"):
         checkpoint.load_newest(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path, teacher, monkeypatch):
+    plan = small_plan()
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 2)
+        with pytest.raises(InterruptedRunError):
+            distilled(plan, tmp_path / "student", teacher)
+    checkpoints = tmp_path / "student" / "checkpoints"
+    state, _ = checkpoint.load_newest(checkpoints)
+    del state["objective"]["balance.cosines"]
+    checkpoint.save(checkpoints, state["step"], state)
+    with pytest.raises(IntegrityError, match="another version") as told:
+        distilled(plan, tmp_path / "student", teacher)
+    assert str(tmp_path / "student") in str(told.value)
 
 
 def test_a_teacher_below_its_floor_is_refused():
