@@ -156,10 +156,8 @@ class DistillPlan(TrainPlan):
         default="fofa+rsd+dist",
         description="'none', or a sum of kd, dkd, dist, ofa, fofa, rsd, fitnet; kd is added where none of the first four is named",
     )
-    balance: Literal["agreement", "gradient", "fixed"] = Field(
-        default="gradient",
-        description="terms scaled to equal gradients at the student, before their weights; as far as these agree with the labels'; "
-        "or weights alone",
+    balance: Literal["gradient", "fixed"] = Field(
+        default="gradient", description="terms scaled to equal gradients at the student, before their weights; or weights alone"
     )
     temperature: PositiveFloat = Field(default=1.0, description="of kd, dkd and dist")
     dkd_beta: NonNegativeFloat = Field(default=8.0, description="weight of DKD's non-target part; the target part has 1")

@@ -158,9 +158,8 @@ def screen(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
     """Every form of feedback."""
     rates = _rates(regime)
     for seed in range(SCREENING_SEED, SCREENING_SEED + seeds):
-        for pair, form in product(study.PAIRS, study.FORMS):
-            if pair in study.SCREENED or form in study.EVERYWHERE:
-                yield Training("screen", regime, pair, form, 0, seed, epochs, rates[pair.student])
+        for pair, form in product(study.SCREENED, study.FORMS):
+            yield Training("screen", regime, pair, form, 0, seed, epochs, rates[pair.student])
 
 
 def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:

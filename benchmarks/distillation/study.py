@@ -54,7 +54,7 @@ class Method:
         return self.name.removesuffix(EQUAL)
 
 
-DEFAULT, GRADIENT, EQUAL = "FOFA (default)", "FOFA, balance by gradients alone", ", equal compute"
+DEFAULT, EQUAL = "FOFA (default)", ", equal compute"
 FOFA = {"width": 64, "heads": 4, "stages": 4}
 
 
@@ -62,15 +62,9 @@ def _weights(name: str, *values: float) -> tuple[Settings, ...]:
     return tuple({"weights": {name: value}} for value in values)
 
 
-def _fofa(name: str, balance: str = "agreement", **settings: Any) -> Method:  # noqa: ANN401 - fields of a plan
+def _fofa(name: str, **settings: Any) -> Method:  # noqa: ANN401 - fields of a plan
     """A form of the default plan, at its weights."""
-    plan = {"method": "fofa+rsd+dist", "balance": balance, "fofa": {**FOFA, **settings.pop("fofa", {})}}
-    return Method(name, {**plan, **settings})
-
-
-def _form(name: str, balance: str = "gradient", **settings: Any) -> Method:  # noqa: ANN401 - fields of a plan
-    """One that is screened: terms are of equal gradient, and what is told apart is the form alone."""
-    return _fofa(name, balance, **settings)
+    return Method(name, {"method": "fofa+rsd+dist", "fofa": {**FOFA, **settings.pop("fofa", {})}, **settings})
 
 
 DEFAULTS = (
@@ -90,14 +84,13 @@ METHODS = (
     Method("FitNet", {"method": "fitnet", "balance": "fixed"}, _weights("fitnet", 0.1, 1.0, 10.0)),
     Method("OFA", {"method": "ofa", "balance": "fixed"}, tuple({"ofa_gamma": value} for value in (1.0, 1.5, 2.0))),
     Method("RSD", {"method": "rsd", "balance": "fixed"}, _weights("rsd", 0.5, 1.0, 2.0)),
-    replace(_fofa(GRADIENT, "gradient"), choices=DEFAULTS),
     replace(_fofa(DEFAULT), choices=DEFAULTS),
 )
-"""The table. Every method has three settings to choose from, and one for all pairs; the last one is this project's default."""
+"""The table. Every method has three settings to choose from, and one for all pairs; the last one's is this project's default."""
 
 TRIED = (
     replace(
-        _fofa(f"{GRADIENT}, all terms weighed", "gradient"),
+        _fofa("FOFA (default), all of its terms weighed"),
         choices=tuple({"weights": {"fofa": value, "rsd": value, "dist": value}} for value in (1 / 3, 2.0)),
     ),
 )
@@ -111,39 +104,35 @@ LONGER = tuple(
 LATE = {"prompted_stages": [3]}
 ALL = {"prompted_stages": [1, 2, 3, 4]}
 FORMS = (
-    _form("no feedback, fixed weights", "fixed"),
-    _form("no feedback"),
-    _form("no feedback, balance by agreement", "agreement"),
-    _form("regions: hard ones count for more", fofa={"emphasis": "regions"}),
-    _form("regions: hard ones count for less", fofa={"emphasis": "regions", "emphasis_power": -0.5}),
-    _form("channels: hard ones count for more", fofa={"emphasis": "channels"}),
-    _form("channels: hard ones count for less", fofa={"emphasis": "channels", "emphasis_power": -0.5}),
-    _form("samples: hard ones count for more", fofa={"emphasis": "samples"}),
-    _form("prompts as published", fofa={**ALL, "fusion": "dense"}),
-    _form("late prompt with a feature anchor", fofa=LATE, weights={"anchor": 1.0}),
-    _form("late prompt, trained by labels, blind to L_FD", fofa={**LATE, "follow": 0.0}, weights={"supervision": 1.0}),
-    _form("late prompt without the gap", fofa={**LATE, "feedback": False}),
-    _form("late prompt without the gap, with an anchor", fofa={**LATE, "feedback": False}, weights={"anchor": 1.0}),
-    _form("side prompts", fofa={**ALL, "path": "side"}),
-    _form("prompts in every stage", fofa=ALL),
-    _form("prompts in every stage, no regularizer", fofa=ALL, weights={"regularizer": 0.0}),
+    _fofa("no feedback, fixed weights", balance="fixed"),
+    _fofa("no feedback"),
+    _fofa("regions: hard ones count for more", fofa={"emphasis": "regions"}),
+    _fofa("regions: hard ones count for less", fofa={"emphasis": "regions", "emphasis_power": -0.5}),
+    _fofa("channels: hard ones count for more", fofa={"emphasis": "channels"}),
+    _fofa("channels: hard ones count for less", fofa={"emphasis": "channels", "emphasis_power": -0.5}),
+    _fofa("samples: hard ones count for more", fofa={"emphasis": "samples"}),
+    _fofa("prompts as published", fofa={**ALL, "fusion": "dense"}),
+    _fofa("late prompt with a feature anchor", fofa=LATE, weights={"anchor": 1.0}),
+    _fofa("late prompt, trained by labels, blind to L_FD", fofa={**LATE, "follow": 0.0}, weights={"supervision": 1.0}),
+    _fofa("late prompt without the gap", fofa={**LATE, "feedback": False}),
+    _fofa("late prompt without the gap, with an anchor", fofa={**LATE, "feedback": False}, weights={"anchor": 1.0}),
+    _fofa("side prompts", fofa={**ALL, "path": "side"}),
+    _fofa("prompts in every stage", fofa=ALL),
+    _fofa("prompts in every stage, no regularizer", fofa=ALL, weights={"regularizer": 0.0}),
 )
 """Forms of adaptive feedback, screened on validation images alone."""
 
 SCREENED = (PAIRS[0], PAIRS[2])
 """The pairs whose students gained most by the default plan when it was tuned."""
 
-EVERYWHERE = FORMS[1:3]
-"""Screened on all pairs: what is balanced matters most where a teacher has little to give."""
-
 ABLATIONS = (
-    _fofa(f"{GRADIENT}, late prompt without the gap", "gradient", fofa={**LATE, "feedback": False}),
+    _fofa("FOFA, late prompt without the gap", fofa={**LATE, "feedback": False}),
     _fofa("FOFA without attention", fofa={"attention": False}),
     _fofa("FOFA without standardized targets", fofa={"standardize": False}),
     _fofa("FOFA without RSD", method="fofa+dist"),
     _fofa("FOFA with KD for DIST", method="fofa+rsd"),
     _fofa("FOFA without features", method="rsd+dist"),
-    _fofa("FOFA with fixed weights", "fixed"),
+    _fofa("FOFA with fixed weights", balance="fixed"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Weights that nobody has to tune: every term moves the student as much as the labels do, as far as it pulls their way."""
+"""Weights that nobody has to tune: every term is scaled so that it moves the student as much as the labels do."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from fofa_deploy.distill.parallel import averaged
 INTERVAL = 20
 """Steps from one measurement to the next: one costs a backward pass through the student per term."""
 
-FULL = 0.2
-"""Cosine between a term's gradient and the labels' from which on the term counts fully."""
-
 _MEMORY = 0.8
 _LARGEST = 100.0
 """A term that hardly moves the student is scaled up, but not to noise."""
@@ -23,25 +20,21 @@ _LARGEST = 100.0
 class GradientBalance(nn.Module):
     """Scales of the terms: the norm of cross-entropy's gradient at the student's weights over that of the term's.
 
-    With ``heeded`` times their agreement, the cosine of the two gradients over `FULL`, between 0 and 1: how a teacher's
-    features come about may be of no use to a student of another family, and then fitting them takes capacity from its task.
-
-    Norms in the spirit of GradNorm (Chen et al., arXiv 1711.02257), without its training of the scales; cosines in that of
-    Du et al. (arXiv 1812.02224), who judge an auxiliary loss by them. Both are measured on every 20th step, remembered as
-    moving averages, and part of the checkpoint.
+    In the spirit of GradNorm (Chen et al., arXiv 1711.02257), without its training of the scales: norms are measured on
+    every 20th step, remembered as a moving average, and part of the checkpoint. So is the cosine of the two gradients, by
+    which Du et al. (arXiv 1812.02224) judge an auxiliary loss: it is told, and changes nothing.
 
     Args:
         names: of the terms to be scaled; ``ce`` is what they are scaled to.
-        heeded: agreement counts, too.
     """
 
     norms: Tensor
     cosines: Tensor
     steps: Tensor
 
-    def __init__(self, names: Sequence[str], heeded: bool = False) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
-        self._names, self._heeded = ("ce", *names), heeded
+        self._names = ("ce", *names)
         self.register_buffer("norms", torch.zeros(len(self._names)))
         self.register_buffer("cosines", torch.zeros(len(self._names)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -58,8 +51,6 @@ class GradientBalance(nn.Module):
                 self._measure(terms, [parameter for parameter in parameters if parameter.requires_grad])
             self.steps += 1
         scales = (self.norms[0] / self.norms[1:].clamp_min(1e-12)).clamp(1 / _LARGEST, _LARGEST)
-        if self._heeded:
-            scales = scales * (self.cosines[1:] / FULL).clamp(0, 1)
         known = (self.norms > 0).all()
         return dict(zip(self._names[1:], torch.where(known, scales, torch.ones_like(scales)), strict=True))
 

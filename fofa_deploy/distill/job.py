@@ -16,7 +16,6 @@ from fofa_deploy.config import LOGIT_TERMS, DistillPlan, ModelPlan, RunPlan, Tea
 from fofa_deploy.data import Data, Split, eval_batches, preprocessing
 from fofa_deploy.distill import parallel
 from fofa_deploy.distill.affinity import affinity
-from fofa_deploy.distill.balance import FULL
 from fofa_deploy.distill.fake import fake_quantized
 from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.objective import Objective
@@ -39,6 +38,8 @@ FOLLOWED = 2 / 3
 FORGIVEN = 0.01
 """Accuracy that a prompted teacher may lose without a notice."""
 
+AGREED = 0.1
+"""Cosine between a term's gradient and the labels' below which there is a notice. docs/method.md has what was measured."""
 
 CALIBRATION_BATCH = 64
 
@@ -203,12 +204,12 @@ def forgotten(curve: Sequence[Epoch]) -> tuple[str, ...]:
 
 
 def disagreeing(curve: Sequence[Epoch]) -> tuple[str, ...]:
-    """A notice for every term that pulled too far from the labels' way, on the average over epochs, to count even by half."""
+    """A notice for every term that hardly pulled the student the way of the labels, on the average over epochs."""
     means = {name: fmean(epoch.agreement[name] for epoch in curve) for name in (curve[-1].agreement if curve else ())}
     return tuple(
-        f"{name} hardly pulls the student the way of the labels (cosine {cosine:.2f}): without it training is cheaper"
+        f"{name} hardly pulls the student the way of the labels (cosine {cosine:.2f}): try distill.method without it"
         for name, cosine in means.items()
-        if cosine < FULL / 2
+        if cosine < AGREED
     )
 
 
