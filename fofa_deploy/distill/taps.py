@@ -75,9 +75,13 @@ def _entry_before(model: nn.Module, images: Tensor, tap: Stage) -> Stage | None:
 
 
 def _nearest(earlier: Sequence[Tap], tap: Tap) -> Stage | None:
-    """The last of the earlier taps whose module is done before the tap's runs; of the same branch, if there are branches."""
+    """The last of the earlier taps whose module is done before the tap's runs; of the same branch, if there are branches.
+
+    A tensor that is passed on by itself is of no branch: what came last leads to it.
+    """
     before = [other.stage for other in earlier if other.position[0] < tap.position[0]]
-    branch = [stage for stage in before if stage.layout.path == tap.stage.layout.path]
+    path = tap.stage.layout.path
+    branch = [stage for stage in before if path and stage.layout.path == path]
     return (branch or before)[-1] if before else None
 
 

@@ -76,6 +76,16 @@ def test_each_prompt_changes_its_own_stage_and_none_before(kind, tapped, batch):
             )
 
 
+def test_a_stage_behind_lists_of_tensors_is_entered_from_the_stage_before_it():
+    model = tap(timm.create_model("selecsls42", num_classes=CLASSES).eval(), (3, 64, 64))
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, bent = model(images), model(images, {2: lambda grid: 2 * grid})
+    assert [entry.module for entry in model.entries] == ["features.1", "features.3", "features.5", "head.1"]
+    assert all(torch.equal(*pair) for pair in zip(plain.maps[:2], bent.maps[:2], strict=True))
+    assert distance(bent.maps[2], plain.maps[2]) > 1e-3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_model_is_as_before(kind, tapped, batch):
     model, (images, _) = tapped(kind), batch(kind)
