@@ -138,9 +138,12 @@ def _suite_page(result: dict) -> list[str]:
     return [*lines, *_table(("goal", "wanted", "measured", "met"), [_goal_row(goal) for goal in result["goals"]]), ""]
 
 
+def _named(report: dict) -> list[tuple[str, dict]]:
+    return [(kind, report[kind]) for kind in ("teacher", "student") if report[kind]]
+
+
 def _model_rows(report: dict) -> list[Sequence[str]]:
-    named = [(kind, report[kind]) for kind in ("teacher", "student") if report[kind]]
-    rows = [(f"{kind}: {model['model']}", f"{model['params']:,}", _percent(model["top1"])) for kind, model in named]
+    rows = [(f"{kind}: {model['model']}", f"{model['params']:,}", _percent(model["top1"])) for kind, model in _named(report)]
     reference = report["reference"]
     if reference is None:
         return rows
@@ -170,32 +173,35 @@ def _goal_row(goal: dict) -> Sequence[str]:
 
 
 def _headline(results: Sequence[dict]) -> list[str]:
-    result = next((r for r in results if r["suite"] == "fashion-mnist"), None)
-    if result is None or result["report"]["reference"] is None:
-        return []
-    report, reference = result["report"], result["report"]["reference"]
-    rows = [("teacher, fp32, ONNX Runtime", _percent(reference["top1"]), _kib(reference), _ms(reference), "1")]
+    """The chosen deployment of each target, for every suite."""
+    lines = []
+    for result in results:
+        if result["report"]["reference"] is not None:
+            columns = ("deployment", _measure(result["report"]), "size KiB", "p50 ms", "factor")
+            lines += [_lead(result), "", *_table(columns, _deployments(result["report"])), ""]
+    return lines[:-1]
+
+
+def _measure(report: dict) -> str:
+    return "test top-1" if report["teacher"] else f"agreement with PyTorch, {report['data']['test']} test images"
+
+
+def _lead(result: dict) -> str:
+    models = " -> ".join(f"{model['model']} ({model['params']:,} parameters)" for _, model in _named(result["report"]))
+    return f"{result['suite']}, {models}, {result['environment']['cpu']}, {result['environment']['cores']} cores:"
+
+
+def _deployments(report: dict) -> list[Sequence[str]]:
+    reference, measure = report["reference"], "top1" if report["teacher"] else "agreement"
+    name = f"{'teacher, ' if report['teacher'] else ''}fp32, ONNX Runtime"
+    rows = [(name, _percent(reference[measure]), _kib(reference), _ms(reference), "1")]
     for row in report["targets"]:
+        name = f"{row['recipe']}, {row['runtime']}"
         if row["chosen"]:
-            rows.append(
-                (
-                    f"student, {row['recipe']}, {row['runtime']}",
-                    _percent(row["top1"]),
-                    _kib(row),
-                    _ms(row),
-                    _factor(row),
-                )
-            )
+            rows.append((name, _percent(row[measure]), _kib(row), _ms(row), _factor(row)))
         elif row["status"] == "built-not-run":
-            rows.append((f"student, {row['recipe']}, {row['runtime']}", row["reason"], _kib(row), "", ""))
-    teacher, student = report["teacher"], report["student"]
-    lead = f"Fashion-MNIST, {teacher['model']} ({teacher['params']:,} parameters) -> {student['model']} ({student['params']:,}), "
-    where = f"{result['environment']['cpu']}, {result['environment']['cores']} cores:"
-    return [lead + where, "", *_table(("deployment", "test top-1", "size KiB", "p50 ms", "factor"), rows)]
-
-
-def _deployment(row: dict) -> str:
-    return f"student, {row['recipe']}, {row['runtime']}"
+            rows.append((name, row["reason"], _kib(row), "", ""))
+    return rows
 
 
 def _percent(value: float | None) -> str:
