@@ -86,6 +86,7 @@ def _comparison(scores: dict[str, dict[Block, float]], regime: str) -> list[str]
         f"![mean and standard deviation over seeds](methods-{regime}.svg)",
         "",
         *_table(scores, named, pairs, study.DEFAULT),
+        *_behind(scores, named, study.LATE_PROMPT),
     ]
 
 
@@ -145,6 +146,16 @@ def _table(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[
         told = f"{100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))}" if test else f" | {len(scores[name])} | "
         rows.append(f"| {name} | {' | '.join(cells)} | {told} |")
     return [*rows, ""]
+
+
+def _behind(scores: dict[str, dict[Block, float]], named: list[str], reference: str) -> list[str]:
+    """The paired differences to one more method, p corrected by Holm."""
+    tests = {name: _paired(scores[name], scores.get(reference, {})) for name in named if name != reference}
+    known = {name: test for name, test in tests.items() if test}
+    corrected = _holm({name: test[1] for name, test in known.items()})
+    rows = [f"| {name} | {100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))} |" for name, test in known.items()]
+    head = [f"| method | difference to {reference!r}, points | trainings | corrected p |", "|---" * 4 + "|"]
+    return [*head, *rows, ""] if rows else []
 
 
 def _cell(values: list[float]) -> str:

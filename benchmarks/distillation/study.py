@@ -54,7 +54,7 @@ class Method:
         return self.name.removesuffix(EQUAL)
 
 
-DEFAULT, EQUAL = "FOFA (default)", ", equal compute"
+DEFAULT, LATE_PROMPT, EQUAL = "FOFA (default)", "FOFA, late prompt without the gap", ", equal compute"
 FOFA = {"width": 64, "heads": 4, "stages": 4}
 
 
@@ -127,7 +127,7 @@ SCREENED = (PAIRS[0], PAIRS[2])
 """The pairs whose students gained most by the default plan when it was tuned."""
 
 ABLATIONS = (
-    _fofa("FOFA, late prompt without the gap", fofa={**LATE, "feedback": False}),
+    _fofa(LATE_PROMPT, fofa={**LATE, "feedback": False}),
     _fofa("FOFA without attention", fofa={"attention": False}),
     _fofa("FOFA without standardized targets", fofa={"standardize": False}),
     _fofa("FOFA without RSD", method="fofa+dist"),
