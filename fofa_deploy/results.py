@@ -157,7 +157,6 @@ class Epoch(Frozen):
     losses: dict[str, float] = Field(default={}, description="each term before its weight")
     top1: Fraction | None = Field(default=None, description="on the validation split")
     diagnostics: dict[str, float] = Field(default={}, description="such as the prompted teacher's own accuracy")
-    agreement: dict[str, float] = Field(default={}, description="cosine between a term's gradient at the student and the labels'")
     seconds: float
 
 

@@ -31,7 +31,6 @@ def write(lines: Sequence[dict]) -> None:
     for regime in study.REGIMES:
         parts += _settings([line for line in lines if line.get("regime") == regime], regime)
         parts += _comparison(_latest(lines, "compare", regime, "test"), regime)
-        parts += _agreement(lines, regime)
         parts += _screening(_latest(lines, "screen", regime, "validation"), lines, regime)
     (HERE / "README.md").write_text("\n".join(parts).rstrip() + "\n")
 
@@ -87,32 +86,6 @@ def _comparison(scores: dict[str, dict[Block, float]], regime: str) -> list[str]
         "",
         *_table(scores, named, pairs, study.DEFAULT),
         *_behind(scores, named, study.LATE_PROMPT),
-    ]
-
-
-def _agreement(lines: Iterable[dict], regime: str) -> list[str]:
-    """Of the default's terms, where it was recorded."""
-    found: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for line in lines:
-        if (line["phase"], line.get("regime"), line.get("method")) == ("compare", regime, study.DEFAULT) and line.get("agreement"):
-            found[line["pair"]].append(line["agreement"])
-    if not found:
-        return []
-    names = list(next(iter(found.values()))[0])
-    rows = [
-        f"| {pair} | {' | '.join(f'{mean(each[name] for each in told):.2f}' for name in names)} | {len(told)} |"
-        for pair, told in sorted(found.items())
-    ]
-    return [
-        "### Does what is learned from the teacher pull the student the way of the labels?",
-        "",
-        f"Cosine between the gradients of a term of {study.DEFAULT!r} and of the labels' cross-entropy at the student's weights,",
-        "on the average over the training.",
-        "",
-        f"| pair | {' | '.join(names)} | trainings |",
-        "|---" * (len(names) + 2) + "|",
-        *rows,
-        "",
     ]
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
-from statistics import mean
 
 import click
 
@@ -124,7 +123,6 @@ def _scores(out: Path, final: bool) -> dict:
         "test": summary.top1 if final else None,
         "diagnostics": last.diagnostics,
         "losses": last.losses,
-        "agreement": {name: mean(epoch.agreement[name] for epoch in curve) for name in last.agreement},
         "seconds": round(sum(epoch.seconds for epoch in curve), 1),
     }
 

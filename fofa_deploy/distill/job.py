@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +37,6 @@ FOLLOWED = 2 / 3
 FORGIVEN = 0.01
 """Accuracy that a prompted teacher may lose without a notice."""
 
-AGREED = 0.1
-"""Cosine between a term's gradient and the labels' below which there is a notice. docs/method.md has what was measured."""
 
 CALIBRATION_BATCH = 64
 
@@ -103,7 +100,7 @@ class Workshop:
             taught_by = None if distill.method == "none" else taught_by
             objective = self._objective(model, plan, distill, taught_by)
             curve = self._train(objective, plan, distill, out, f"distill the student ({distill.method})", taught_by)
-            _write(out / NOTICES, (*objective.notices, *forgotten(curve), *disagreeing(curve)))
+            _write(out / NOTICES, (*objective.notices, *forgotten(curve)))
         self._finish(plan, model, out)
 
     def retrain(self, plan: RunPlan, out: Path, student: Path, taught_by: Taught) -> None:
@@ -201,16 +198,6 @@ def forgotten(curve: Sequence[Epoch]) -> tuple[str, ...]:
     if drop <= FORGIVEN:
         return ()
     return (f"the prompted teacher forgot {100 * drop:.1f} points of accuracy: raise distill.weights.regularizer or anchor",)
-
-
-def disagreeing(curve: Sequence[Epoch]) -> tuple[str, ...]:
-    """A notice for every term that hardly pulled the student the way of the labels, on the average over epochs."""
-    means = {name: fmean(epoch.agreement[name] for epoch in curve) for name in (curve[-1].agreement if curve else ())}
-    return tuple(
-        f"{name} hardly pulls the student the way of the labels (cosine {cosine:.2f}): try distill.method without it"
-        for name, cosine in means.items()
-        if cosine < AGREED
-    )
 
 
 def check_floor(plan: TeacherPlan, summary: ModelSummary, classes: int) -> None:

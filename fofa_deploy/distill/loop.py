@@ -265,14 +265,12 @@ class Trainer:
                 losses=means,
                 top1=top1,
                 diagnostics=self._diagnose(),
-                agreement={} if self._objective.balance is None else self._objective.balance.agreement,
                 seconds=round(self._seconds, 3),
             )
         )
         if self._plan.trackers:
             shown = {"loss": loss, "top1": top1, "seconds": self._seconds, **means, **self._curve[-1].diagnostics}
             self._engine.log(engine.flat(shown, "epoch"), self._step)
-            self._engine.log(engine.flat(self._curve[-1].agreement, "agreement"), self._step)
         if top1 > self._best_top1:
             self._best_top1, self._best = top1, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
         self._offset, self._sums, self._seconds = 0, {}, 0.0

@@ -223,20 +223,14 @@ def _write(axes: Axes, dot: Dot, offset: Point, side: Literal["left", "center", 
 
 
 def curves(report: RunReport) -> dict[str, Markup]:
-    """One picture per stage: loss, validation accuracy and, where there are any, the teacher's diagnostics and what agrees."""
+    """One picture per stage: loss, validation accuracy and, where there are any, the teacher's diagnostics."""
     with mpl.rc_context(STYLE):
         return {stage: _curve(stage, epochs) for stage, epochs in report.curves.items() if epochs}
 
 
 def _curve(stage: str, epochs: Sequence[Epoch]) -> Markup:
     accuracies, others = _accuracies(epochs), _others(epochs)
-    agreement = _by_name((e.epoch, e.agreement) for e in epochs)
-    panels = [
-        ("loss", _losses(epochs)),
-        ("accuracy, %", accuracies),
-        ("teacher diagnostics", others),
-        ("agreement with the labels, cosine", agreement),
-    ]
+    panels = [("loss", _losses(epochs)), ("accuracy, %", accuracies), ("teacher diagnostics", others)]
     drawn = [(title, lines) for title, lines in panels if lines]
     figure, all_axes = figure_of(14.4, 4.2, len(drawn))
     for axes, (title, lines) in zip(all_axes, drawn, strict=True):

@@ -333,19 +333,6 @@ def test_a_teacher_that_forgets_is_told_of():
     assert "forgot 15.0 points" in forgotten(curve(0.75))[0]
 
 
-def test_a_term_that_does_not_pull_the_labels_way_is_told_of():
-    from fofa_deploy.distill.job import disagreeing
-    from fofa_deploy.results import Epoch
-
-    def epoch(number, **agreement):
-        return Epoch(epoch=number, step=number, lr=0.1, loss=1.0, agreement=agreement, seconds=1.0)
-
-    assert disagreeing(()) == disagreeing((epoch(1),)) == disagreeing((epoch(1, fofa=0.3), epoch(2, fofa=0.02))) == ()
-    told = disagreeing((epoch(1, fofa=0.12, rsd=0.5), epoch(2, fofa=-0.02, rsd=0.4)))
-    assert len(told) == 1
-    assert told[0].startswith("fofa hardly pulls the student the way of the labels (cosine 0.05)")
-
-
 def test_rsd_asks_no_more_of_a_batch_than_it_can_tell(objective, batch):
     wide, narrow = (objective("vit", "cnn", method="rsd", batch_size=count) for count in (1000, 4))
     teacher = wide.teacher.embedding_width
