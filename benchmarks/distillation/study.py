@@ -116,6 +116,7 @@ FORMS = (
     _fofa("late prompt, trained by labels, blind to L_FD", fofa={**LATE, "follow": 0.0}, weights={"supervision": 1.0}),
     _fofa("late prompt without the gap", fofa={**LATE, "feedback": False}),
     _fofa("late prompt without the gap, gamma = 4", fofa={**LATE, "feedback": False}, weights={"regularizer": 4.0}),
+    _fofa("late prompt without the gap, on half of the batch", fofa={**LATE, "feedback": False, "prompt_share": 0.5}),
     _fofa("late prompt without the gap, with an anchor", fofa={**LATE, "feedback": False}, weights={"anchor": 1.0}),
     _fofa("side prompts", fofa={**ALL, "path": "side"}),
     _fofa("prompts in every stage", fofa=ALL),

@@ -85,16 +85,16 @@ class Objective(nn.Module):
         return Lesson(shown, labels, student, plain, self._teach)
 
     def _recording(self, images: Tensor) -> AbstractContextManager[None]:
-        """Keep of the plain pass what the prompted pass shares with it, where there will be one on the same images."""
+        """Keep of the plain pass what the prompted pass shares with it, where there will be one."""
         branch = self._branch
-        if branch is None or branch.first_prompt is None or not branch.due or self.plan.fofa.prompt_share < 1:
+        if branch is None or branch.first_prompt is None or not branch.due:
             return nullcontext()
         if self._prefix is None:
-            self._prefix = Prefix(self._frozen[0], branch.first_prompt, images[:1])
+            self._prefix = Prefix(self._frozen[0], branch.first_prompt, images[:1], self._whole)
         return self._prefix.recording()
 
     def _teach(self, images: Tensor, prompts: Mapping[int, Prompt]) -> Features:
-        with self._prefix.replaying() if self._prefix is not None else nullcontext():
+        with self._prefix.replaying(None if self._whole else len(images)) if self._prefix is not None else nullcontext():
             return self._run_teacher(images, prompts)
 
     def _run_teacher(self, images: Tensor, prompts: Mapping[int, Prompt] | None = None) -> Features:
@@ -102,6 +102,11 @@ class Objective(nn.Module):
         if teacher.model.training:  # somebody else's train() call must not move BatchNorm statistics
             teacher.eval()
         return teacher(images, prompts)  # type: ignore[no-any-return]
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the prompted pass sees the whole batch."""
+        return self.plan.fofa.prompt_share == 1
 
     @property
     def _branch(self) -> FeatureBranch | None:

@@ -29,16 +29,18 @@ class Prefix:
     """The outermost modules of ``teacher`` that finish before what enters stage ``first`` is bent.
 
     A module is left out, and computed twice, where handing out its result would not be the same: it runs more than once,
-    returns anything but a tensor, is written over later, or has a tap inside.
+    returns anything but a tensor, is written over later, or has a tap inside. Where the prompted pass sees the first part of
+    the batch alone, what is not one row per image (windows of Swin, a table of positions) is left out, too.
 
     Args:
         teacher: frozen, in eval mode.
-        images: a probe (B, C, H, W).
+        images: a probe (1, C, H, W).
+        whole: the prompted pass sees the whole batch.
     """
 
-    def __init__(self, teacher: TappedModel, first: int, images: Tensor) -> None:
+    def __init__(self, teacher: TappedModel, first: int, images: Tensor, whole: bool = True) -> None:
         self._model = teacher.model
-        self.names = _outermost(_safe(teacher, first, images))
+        self.names = _outermost(_safe(teacher, first, images, whole))
         self._kept: dict[str, Tensor] = {}
 
     @contextmanager
@@ -54,11 +56,11 @@ class Prefix:
             yield
 
     @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Hand out what was kept instead of computing it; hooks run as ever. It is forgotten afterwards."""
+    def replaying(self, count: int | None = None) -> Iterator[None]:
+        """Hand out what was kept, of the first ``count`` images, instead of computing it; hooks run as ever. Then forget it."""
         modules = {name: self._model.get_submodule(name) for name in self.names if name in self._kept}
         for name, module in modules.items():
-            module.forward = _constant(self._kept[name])  # type: ignore[method-assign]
+            module.forward = _constant(self._kept[name] if count is None else self._kept[name][:count])  # type: ignore[method-assign]
         try:
             yield
         finally:
@@ -72,7 +74,7 @@ def _constant(output: Tensor) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def _safe(teacher: TappedModel, first: int, images: Tensor) -> list[str]:
+def _safe(teacher: TappedModel, first: int, images: Tensor, whole: bool) -> list[str]:
     """Names of all modules, in the order in which they finish, that may be replayed."""
     entry = teacher.entries[first]
     if entry is None:
@@ -97,7 +99,8 @@ def _safe(teacher: TappedModel, first: int, images: Tensor) -> list[str]:
         teacher.model(images)
     before = bent_at[0] if bent_at else set()
     tapped = [stage.module for stage in teacher.stages]
-    return [name for name in calls if name in before and _replayable(calls[name]) and not _holds(name, tapped)]
+    safe = [name for name in calls if name in before and _replayable(calls[name]) and not _holds(name, tapped)]
+    return safe if whole else [name for name in safe if calls[name][0].output.shape[:1] == images.shape[:1]]
 
 
 def _replayable(calls: list[_Call]) -> bool:

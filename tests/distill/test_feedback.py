@@ -1,5 +1,7 @@
 """Every form of feedback: what it changes, what it leaves alone, and that each step trains every part of it."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from test_objective import open_prompts, step
@@ -57,9 +59,22 @@ def test_a_prompt_on_the_side_needs_no_second_pass(objective, batch):
 
 def test_a_share_of_the_batch_is_prompted(objective, batch):
     made = objective(fofa={"prompt_share": 0.5}).train()
+    made(*batch(count=4))  # the first step also probes what both passes share
     runs = teacher_runs(made)
     made(*batch(count=5))
     assert runs == [5, 3]
+
+
+def test_the_share_is_taught_as_it_would_be_alone(objective, batch, monkeypatch):
+    images, labels = batch(count=5)
+    made = open_prompts(objective(fofa={"prompt_share": 0.5, "prompted_stages": [4]}), 0.5).eval()
+    shared = made(images, labels).terms
+    assert made._prefix.names
+    monkeypatch.setattr(type(made), "_recording", lambda self, images: nullcontext())
+    made._prefix = None
+    assert {name: float(term) for name, term in made(images, labels).terms.items()} == pytest.approx(
+        {name: float(term) for name, term in shared.items()}, rel=1e-4
+    )
 
 
 def test_prompts_on_every_second_step_keep_count_in_the_checkpoint(objective, batch):

@@ -41,6 +41,23 @@ def test_same_values_and_gradients(kind, tapped, batch):
     assert not any("forward" in vars(module) for module in teacher.modules())
 
 
+@pytest.mark.parametrize("kind", ["cnn", "vit", "distilled", "swin", "mixer", "mobilevit", "coat", "levit", "pvt"])
+def test_a_part_of_the_batch_gets_its_part_of_what_was_kept(kind, tapped, batch):
+    teacher, (images, _) = tapped(kind).eval().requires_grad_(False), batch(kind)
+    first = max(index for index, entry in enumerate(teacher.entries) if entry is not None)
+    prefix = Prefix(teacher, first, images[:1], whole=False)
+    with torch.no_grad():
+        computed = teacher(images[:2], {first: double})
+        with prefix.recording():
+            teacher(images)
+        kept = len(prefix._kept)
+        with prefix.replaying(2):
+            replayed = teacher(images[:2], {first: double})
+    assert kept == len(prefix.names) > 0
+    for one, other in zip([computed.logits, *computed.maps], [replayed.logits, *replayed.maps], strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)  # sums in another order for another batch
+
+
 def test_the_prefix_is_not_computed_twice(tapped, batch):
     teacher, (images, _) = tapped("cnn").eval().requires_grad_(False), batch("cnn")
     prefix = Prefix(teacher, 3, images[:1])
