@@ -109,7 +109,9 @@ class FofaPlan(Frozen):
     emphasis: Literal["none", "regions", "channels", "samples"] = Field(
         default="none", description="feedback without prompts: what the student finds hard counts for more"
     )
-    emphasis_power: float = Field(default=0.5, description="of the error that weighs; below 0 what is hard counts for less")
+    emphasis_power: Annotated[float, Field(ge=-1.0, le=1.0)] = Field(
+        default=0.5, description="of the error that weighs; below 0 what is hard counts for less"
+    )
     prompted_stages: tuple[PositiveInt, ...] = Field(default=(), description="teacher stages with a prompt before them")
     feedback: bool = Field(default=True, description="prompts see the gap between student and plain teacher")
     fusion: Literal["dense", "depthwise"] = Field(default="depthwise", description="of gap and features; dense is the paper's")

@@ -304,7 +304,7 @@ def test_sigkill_while_distilling_and_the_same_command_finishes(tmp_path):
     command = [sys.executable, "-m", "fofa_deploy", "distill", "demo", "--out", str(out), "--quiet", *sets]
     child = subprocess.Popen(command)
     deadline = time.monotonic() + 240
-    while not list(out.glob(".scratch/student-*/checkpoints/*.sha256")) and child.poll() is None and time.monotonic() < deadline:
+    while not list(out.glob(".scratch/student-*/checkpoints/*.pt")) and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL

@@ -14,6 +14,7 @@ from fofa_deploy.config import DataPlan
 from fofa_deploy.data import load_data, scan, shards
 from fofa_deploy.data.sources import open_sources
 from fofa_deploy.data.splits import Split
+from fofa_deploy.data.shards import write_shards
 from fofa_deploy.data.write_shards import command, reshard
 from fofa_deploy.errors import DataError
 from fofa_deploy.progress import Quiet
@@ -42,6 +43,25 @@ def test_shards_hold_the_images_that_were_written(digits):
         assert before.class_names == after.class_names
         some = np.random.default_rng(0).permutation(len(before.labels))[:200]
         assert np.array_equal(before.images(some), after.images(some))
+
+
+def test_shards_that_are_there_already_are_not_mixed_with_new_ones(tmp_path):
+    reshard(DIGITS, tmp_path, 500)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match="has shards of 'train' already"):
+        reshard(DIGITS, tmp_path, 900)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_part_of_a_split_is_not_left_to_be_taken_for_the_whole(tmp_path):
+    def images():
+        yield b"one", "png", 0
+        yield b"two", "png", 1
+        raise DataError("the third cannot be read", "look at it")
+
+    with pytest.raises(DataError, match="the third"):
+        write_shards(images(), tmp_path, "train", per_shard=1)
+    assert not list(tmp_path.iterdir())
 
 
 def test_splits_are_those_of_the_source_that_was_written(digits):

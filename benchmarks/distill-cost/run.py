@@ -42,6 +42,7 @@ PAIRS = {
 }
 BATCH, CLASSES = 8, 100
 ALL = {"prompted_stages": [1, 2, 3, 4]}
+LATE = {"prompted_stages": [4], "feedback": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,8 @@ FORMS = (
     Form("RSD", {"method": "rsd", "balance": "fixed"}),
     Form("FOFA + RSD + DIST (default)", {"method": "fofa+rsd+dist"}, 1.35),
     Form("FOFA + RSD + DIST, fixed weights", {"method": "fofa+rsd+dist", "balance": "fixed"}),
+    Form("FOFA + RSD + DIST, late prompt without feedback", {"method": "fofa+rsd+dist", "fofa": LATE}),
+    Form("FOFA + RSD + DIST, the same on half of the batch", {"method": "fofa+rsd+dist", "fofa": {**LATE, "prompt_share": 0.5}}),
     _prompted("prompts in every stage", 2.5),
     _prompted("prompts in every stage, dense 5x5 fusion (as published)", fusion="dense"),
     _prompted("prompts without feedback", feedback=False),

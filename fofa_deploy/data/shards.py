@@ -144,8 +144,16 @@ def write_shards(images: Iterable[tuple[bytes, str, int]], folder: Path, split: 
 
     Args:
         images: encoded image, its suffix such as ``jpg``, and its label.
+
+    Raises:
+        DataError: the folder has shards of this split already, which would be read with the new ones. An error while images
+            are read leaves no shard either.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if found := sorted(folder.glob(f"{split}-*.tar")):
+        raise DataError(
+            f"{folder} has shards of {split!r} already: {found[0].name} and more", "remove them, or name another folder"
+        )
     written: list[Path] = []
     tar: tarfile.TarFile | None = None
     try:
@@ -159,6 +167,10 @@ def write_shards(images: Iterable[tuple[bytes, str, int]], folder: Path, split: 
                 member = tarfile.TarInfo(f"{number:09d}.{kind}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
+    except BaseException:
+        for path in written:  # a part would open as the whole
+            path.unlink(missing_ok=True)
+        raise
     finally:
         if tar is not None:
             tar.close()

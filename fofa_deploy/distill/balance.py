@@ -15,6 +15,9 @@ INTERVAL = 20
 _MEMORY = 0.8
 _LARGEST = 100.0
 """A term that hardly moves the student is scaled up, but not to noise."""
+_SURPRISE = 10.0
+"""What is remembered is at most this times what is found: where a student's answers are constant at first, as those of a
+head that starts at zero, a correlation's gradient is a millionfold, and would be remembered for a thousand steps."""
 
 
 class GradientBalance(nn.Module):
@@ -25,21 +28,22 @@ class GradientBalance(nn.Module):
 
     Args:
         names: of the terms to be scaled; ``ce`` is what they are scaled to.
+        passes: forward passes that share a step, as in `TrainPlan.accumulate`; the first of them is measured.
     """
 
     norms: Tensor
     steps: Tensor
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], passes: int = 1) -> None:
         super().__init__()
-        self._names = ("ce", *names)
+        self._names, self._interval = ("ce", *names), INTERVAL * passes
         self.register_buffer("norms", torch.zeros(len(self._names)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, Tensor]:
         """Named scalar losses -> a factor (no gradient) for each of the balanced ones."""
         if self.training and torch.is_grad_enabled():
-            if int(self.steps) % INTERVAL == 0:
+            if int(self.steps) % self._interval == 0:
                 self._measure(terms, [parameter for parameter in parameters if parameter.requires_grad])
             self.steps += 1
         scales = (self.norms[0] / self.norms[1:].clamp_min(1e-12)).clamp(1 / _LARGEST, _LARGEST)
@@ -50,7 +54,7 @@ class GradientBalance(nn.Module):
         found = torch.stack([_gradient_norm(terms[name], parameters) for name in self._names])
         if found.isfinite().all():
             memory = _MEMORY if int(self.steps) else 0.0
-            self.norms.lerp_(found, 1 - memory)
+            self.norms.clamp_(max=_SURPRISE * found).lerp_(found, 1 - memory)
 
 
 def _gradient_norm(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:

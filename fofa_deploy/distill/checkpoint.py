@@ -1,7 +1,8 @@
-"""Checkpoints that survive a kill at any moment: written aside, digested, renamed; the two newest are kept."""
+"""Checkpoints that survive a kill at any moment: one file each, its digest at its end, written aside and renamed."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import random
 import re
@@ -14,13 +15,13 @@ from torch import Tensor
 
 from fofa_deploy.errors import IntegrityError, TrainingError
 from fofa_deploy.store import write_atomic
-from fofa_deploy.types import digest_file
 
 KEPT = 2
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``step-N.pt`` and, after it, its digest; older ones but the last are removed only then.
+    """Write ``step-N.pt``, and then remove all but it and the one before.
 
     Raises:
         TrainingError: the state has NaN or infinity in it; nothing is written.
@@ -29,12 +30,13 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    path = folder / f"step-{step}.pt"
-    write_atomic(path, buffer.getvalue())
-    write_atomic(path.with_suffix(".sha256"), digest_file(path).encode())
-    for old in _steps(folder)[:-KEPT]:
-        (folder / f"step-{old}.sha256").unlink(missing_ok=True)
-        (folder / f"step-{old}.pt").unlink(missing_ok=True)
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
+    write_atomic(folder / f"step-{step}.pt", buffer.getvalue())
+    steps = _steps(folder)
+    # One beyond this step was damaged, or training had not gone back behind it.
+    for other in {*steps} - {*[known for known in steps if known <= step][-KEPT:]}:
+        (folder / f"step-{other}.pt").unlink(missing_ok=True)
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -46,11 +48,12 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     notices: list[str] = []
     for step in reversed(_steps(folder)):
         path = folder / f"step-{step}.pt"
-        recorded = path.with_suffix(".sha256")
-        if recorded.is_file() and digest_file(path) == recorded.read_text().strip():
-            return torch.load(path, map_location="cpu", weights_only=True), notices
+        content = memoryview(path.read_bytes())
+        state, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+        if hashlib.sha256(state).digest() == digest:
+            return torch.load(io.BytesIO(state), map_location="cpu", weights_only=True), notices
         notices.append(f"checkpoint {path} is damaged; the one before it is used")
-    if notices and any(folder.glob("step-*.sha256")):
+    if notices:
         raise IntegrityError(f"every checkpoint in {folder} is damaged", "remove that folder to train from the start")
     return None, []
 

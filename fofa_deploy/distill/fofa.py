@@ -35,7 +35,7 @@ class FeatureBranch(Term):
     def __init__(self, student: TappedModel, teacher: TappedModel, distill: DistillPlan) -> None:
         super().__init__()
         self._plan = plan = distill.fofa
-        self._weights = distill.weights
+        self._weights, self._passes = distill.weights, distill.accumulate
         pairs = min(len(student.stages), len(teacher.stages), plan.stages)
         self.student_stages = evenly(len(student.stages), pairs)
         self.teacher_stages = evenly(len(teacher.stages), pairs)
@@ -57,8 +57,8 @@ class FeatureBranch(Term):
 
     @property
     def due(self) -> bool:
-        """Whether the prompts take part in the coming step; in training, one out of ``prompt_every`` does."""
-        return not self.training or int(self.steps) % self._plan.prompt_every == 0
+        """Whether the prompts take part in the coming pass; in training, those of one step out of ``prompt_every`` do."""
+        return not self.training or int(self.steps) // self._passes % self._plan.prompt_every == 0
 
     @property
     def _bends_teacher(self) -> bool:
@@ -81,7 +81,8 @@ class FeatureBranch(Term):
 
     def _within(self, lesson: Lesson, aligned: Maps, targets: Maps) -> dict[str, Tensor]:
         """Prompts inside the teacher, on the first part of the batch: equation 1, and the KL of equation 6."""
-        count = math.ceil(self._plan.prompt_share * len(lesson.images))
+        # Two at least: the prompts' batch norm has no variance of one.
+        count = min(len(lesson.images), max(2, math.ceil(self._plan.prompt_share * len(lesson.images))))
         gaps = aligned, targets
         bent = lesson.teach(lesson.images[:count], self.bends(*(tuple(grid[:count] for grid in maps) for maps in gaps)))
         maps = self.standardize(self.targets(bent))

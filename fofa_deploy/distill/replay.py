@@ -59,13 +59,16 @@ class Prefix:
     def replaying(self, count: int | None = None) -> Iterator[None]:
         """Hand out what was kept, of the first ``count`` images, instead of computing it; hooks run as ever. Then forget it."""
         modules = {name: self._model.get_submodule(name) for name in self.names if name in self._kept}
+        own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}  # compiled, say
         for name, module in modules.items():
             module.forward = _constant(self._kept[name] if count is None else self._kept[name][:count])  # type: ignore[method-assign]
         try:
             yield
         finally:
-            for module in modules.values():
+            for name, module in modules.items():
                 del module.forward
+                if name in own:
+                    module.forward = own[name]  # type: ignore[method-assign]
             self._kept = {}
 
 

@@ -38,6 +38,23 @@ def test_whatever_the_scale_of_a_term_it_counts_alike():
     assert float(scales["large"]) == pytest.approx(1 / 70)
 
 
+def test_one_measurement_beyond_all_others_is_soon_forgotten():
+    weight = torch.nn.Parameter(torch.ones(3))
+    balance = GradientBalance(["correlation"]).train()
+    for step in range(10 * INTERVAL):
+        scales = balance({"ce": weight.sum(), "correlation": (1e7 if step == 0 else 1.0) * weight.sum()}, [weight])
+    assert float(scales["correlation"]) > 0.3
+
+
+def test_passes_that_share_a_step_are_measured_once():
+    weight = torch.nn.Parameter(torch.ones(1))
+    balance = GradientBalance(["other"], passes=4).train()
+    losses = ({"ce": weight.sum(), "other": (1.0 + step) * weight.sum()} for step in range(4 * INTERVAL + 1))
+    found = [float(balance(terms, [weight])["other"]) for terms in losses]
+    assert len(set(found[:-1])) == 1
+    assert found[-1] != found[0]
+
+
 def test_a_term_without_gradient_changes_nothing():
     weight = torch.nn.Parameter(torch.ones(3))
     scales = GradientBalance(["silent"]).train()({"ce": weight.sum(), "silent": 0 * weight.sum()}, [weight])

@@ -65,6 +65,25 @@ def test_a_share_of_the_batch_is_prompted(objective, batch):
     assert runs == [5, 3]
 
 
+def test_a_share_is_never_one_image(objective, batch):
+    made = objective(fofa={"prompt_share": 0.25}).train()
+    runs = teacher_runs(made)
+    made(*batch(count=4))
+    assert runs[-1] == 2
+
+
+def test_passes_that_share_a_step_are_prompted_alike(objective, batch):
+    made = objective(fofa={"prompt_every": 2}, accumulate=2).train()
+    made(*batch())
+    runs = teacher_runs(made)
+    counts = []
+    for _ in range(5):
+        before = len(runs)
+        made(*batch())
+        counts.append(len(runs) - before)
+    assert counts == [2, 1, 1, 2, 2]  # the second pass of a prompted step, a step without, a prompted step
+
+
 def test_the_share_is_taught_as_it_would_be_alone(objective, batch, monkeypatch):
     images, labels = batch(count=5)
     made = open_prompts(objective(fofa={"prompt_share": 0.5, "prompted_stages": [4]}), 0.5).eval()

@@ -125,7 +125,7 @@ def test_sigkill_in_mid_epoch_and_resume_is_bit_identical(tmp_path, teacher, uni
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)])
     checkpoints = tmp_path / "student" / "checkpoints"
     deadline = time.monotonic() + 120
-    while not list(checkpoints.glob("step-*.sha256")) and time.monotonic() < deadline and child.poll() is None:
+    while not list(checkpoints.glob("step-*.pt")) and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.01)
     child.kill()
     child.wait()
@@ -193,6 +193,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path):
     (tmp_path / "step-2.pt").write_bytes(b"")
     with pytest.raises(IntegrityError, match="every checkpoint"):
         checkpoint.load_newest(tmp_path)
+
+
+def test_what_was_just_saved_is_kept_whatever_lies_beyond_it(tmp_path):
+    for step in (170, 180):
+        (tmp_path / f"step-{step}.pt").write_bytes(b"damaged")
+    checkpoint.save(tmp_path, 160, {"step": 160})
+    checkpoint.save(tmp_path, 160, {"step": 160, "again": True})  # an epoch's end after a checkpoint that was due
+    assert checkpoint.load_newest(tmp_path) == ({"step": 160, "again": True}, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-160.pt"]
 
 
 def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path, teacher, monkeypatch):

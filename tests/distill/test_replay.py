@@ -72,6 +72,18 @@ def test_the_prefix_is_not_computed_twice(tapped, batch):
     assert len(runs) == 2
 
 
+def test_a_compiled_part_stays_compiled(tapped, batch):
+    teacher, (images, _) = tapped("cnn").eval().requires_grad_(False), batch("cnn")
+    prefix = Prefix(teacher, 3, images[:1])
+    part = teacher.model.get_submodule(prefix.names[0])
+    compiled = part.forward = lambda *args: type(part).forward(part, *args)
+    with torch.no_grad(), prefix.recording():
+        teacher(images)
+    with prefix.replaying():
+        teacher(images, {3: double})
+    assert part.forward is compiled
+
+
 class Awkward(nn.Module):
     """What must not be replayed: a module used twice, and an output that is written over."""
 
