@@ -12,9 +12,9 @@ from PIL import Image
 
 from fofa_deploy.config import DataPlan
 from fofa_deploy.data import load_data, scan, shards
+from fofa_deploy.data.shards import write_shards
 from fofa_deploy.data.sources import open_sources
 from fofa_deploy.data.splits import Split
-from fofa_deploy.data.shards import write_shards
 from fofa_deploy.data.write_shards import command, reshard
 from fofa_deploy.errors import DataError
 from fofa_deploy.progress import Quiet
