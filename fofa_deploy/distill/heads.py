@@ -42,7 +42,8 @@ class Standardizer(nn.Module):
     """Teacher features (B, C, H, W) per channel by statistics of the *plain* teacher.
 
     Prompted features go through the same statistics, so that prompts cannot win by shrinking what is compared.
-    The statistics are the exact ones of the first `SETTLED` batches, and fixed from then on; they are in the checkpoint.
+    The statistics are those of the first `SETTLED` batches, each of which counts alike, and fixed from then on; they are in the
+    checkpoint.
     """
 
     mean: Tensor

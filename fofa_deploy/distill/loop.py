@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from fofa_deploy.config import TrainPlan
-from fofa_deploy.data import Data, Split, augmented, epoch_batches, eval_batches, preprocessing
+from fofa_deploy.data import Data, Split, epoch_batches, eval_batches, preprocessing
 from fofa_deploy.data.sources import Indices, Pixels
 from fofa_deploy.distill import checkpoint, engine, parallel
+from fofa_deploy.distill.batches import Batch, Batches, read
 from fofa_deploy.distill.interrupt import interruptible
 from fofa_deploy.distill.objective import Losses, Objective
 from fofa_deploy.errors import IntegrityError, InterruptedRunError, PlanError, TrainingError
@@ -41,29 +41,6 @@ DIAGNOSED = 512
 
 TRACKED = 50
 """Steps between two entries in the trackers."""
-
-Batch = tuple[Pixels, Indices, Pixels | None, int]
-"""Images and labels of this process, the images as the teacher sees them if otherwise, and how many the whole batch has."""
-
-
-class _Batches(Dataset[Batch]):
-    """This process's part of the epoch's remaining batches, made wherever the data loader asks for it."""
-
-    def __init__(self, data: Data, shown: Data | None, batches: list[Indices], seed: int, epoch: int) -> None:
-        self._data, self._shown, self._seed, self._epoch = data, shown, seed, epoch
-        self._batches = [(parallel.share(batch), len(batch)) for batch in batches]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getitem__(self, number: int) -> Batch:
-        positions, total = self._batches[number]
-        shown = None if self._shown is None else self._images(self._shown, positions)
-        return self._images(self._data, positions), self._data.train.labels[positions], shown, total
-
-    def _images(self, data: Data, positions: Indices) -> Pixels:
-        # A copy in C order: ascontiguousarray keeps odd strides of a single channel, which make torch pick another kernel.
-        return augmented(data.train, positions, data.plan, self._seed, self._epoch).copy(order="C")
 
 
 class Trainer:
@@ -81,6 +58,7 @@ class Trainer:
         TrainingError: another process of the training is gone.
         PlanError: a batch is too small to be shared by the processes.
         BackendError: this machine lacks what the plan asks for.
+        DataError: an image cannot be read.
         IntegrityError: checkpoints are damaged, or of another version.
         InterruptedRunError: Ctrl-C or SIGTERM, after a checkpoint.
     """
@@ -183,13 +161,8 @@ class Trainer:
 
     def _batches(self) -> Iterator[Batch]:
         epoch = len(self._curve)
-        batches = self._epoch_batches(epoch)[self._offset :]
-        dataset = _Batches(self._data, self._shown, batches, self._seed, epoch)
-        if not self._plan.workers:
-            return (dataset[i] for i in range(len(dataset)))
-        # An own generator: the loader would draw its base seed from the global one, and a resumed run would see another stream.
-        generator = torch.Generator().manual_seed(self._seed)
-        return iter(DataLoader(dataset, batch_size=None, num_workers=self._plan.workers, collate_fn=_as_is, generator=generator))
+        left = self._epoch_batches(epoch)[self._offset :]
+        return read(Batches(self._data, self._shown, left, self._seed, epoch), self._plan.workers, self._seed)
 
     def _train_step(self, images: Pixels, labels: Indices, shown: Pixels | None, total: int) -> None:
         """One step of the optimizer, by this process's images of a batch of ``total``."""
@@ -375,10 +348,6 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
 def _made_with() -> dict[str, Any]:
     """What a bit-identical resumption needs to be the same."""
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "processes": parallel.size()}
-
-
-def _as_is(batch: Any) -> Any:  # noqa: ANN401 - batches are made whole by the data set
-    return batch
 
 
 def _copy(model: nn.Module) -> nn.Module:

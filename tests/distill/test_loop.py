@@ -9,12 +9,14 @@ import subprocess
 import sys
 import textwrap
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from fofa_deploy.config import load_plan
+from fofa_deploy.config import DataPlan, load_plan
 from fofa_deploy.data import load_data
 from fofa_deploy.distill import checkpoint
 from fofa_deploy.distill.engine import _parts as parts_of
@@ -22,7 +24,7 @@ from fofa_deploy.distill.engine import compiled
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_summary
 from fofa_deploy.distill.tapped import TappedModel
 from fofa_deploy.distill.taps import tap
-from fofa_deploy.errors import BackendError, IntegrityError, InterruptedRunError, TrainingError
+from fofa_deploy.errors import BackendError, DataError, IntegrityError, InterruptedRunError, TrainingError
 from fofa_deploy.progress import Quiet
 from fofa_deploy.results import ModelSummary
 from fofa_deploy.types import digest_file
@@ -217,6 +219,22 @@ def test_a_checkpoint_of_another_version_is_refused_by_name(tmp_path, teacher, m
     with pytest.raises(IntegrityError, match="another version") as told:
         distilled(plan, tmp_path / "student", teacher)
     assert str(tmp_path / "student") in str(told.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_went_bad_is_named_wherever_it_is_read(tmp_path, workers):
+    for split, name, number in product(("train", "validation"), "ab", range(4)):
+        file = tmp_path / "data" / split / name / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(file)
+    plan = small_plan("distill.method='none'", f"distill.workers={workers}")
+    data = load_data(DataPlan(name="folder", root=tmp_path / "data", image_size=8), 0)
+    for file in (tmp_path / "data" / "train").rglob("*.png"):
+        file.write_bytes(b"no image")
+    shop = Workshop(data, 0, 1, Quiet())
+    student = plan.student.model_copy(update={"model": "timm:test_resnet", "arguments": {}})
+    with pytest.raises(DataError, match=r"train/[ab]/\d\.png"):
+        shop.distill(student, plan.distill, tmp_path, None)
 
 
 def test_a_teacher_below_its_floor_is_refused():
