@@ -40,10 +40,10 @@ def _muted(lines: Sequence[dict]) -> list[str]:
     """What older trainings did not get."""
     old = [line for line in lines if line.get("dist_muted")]
     pairs = ", ".join(sorted({line["pair"] for line in old}))
-    phases = " and ".join(sorted({line["phase"] for line in old}))
+    phases = ", ".join(sorted({line["phase"] for line in old}))
     told = [
-        f"{len(old)} trainings of {pairs} on validation images (phases {phases}) had DIST at a hundredth of its weight: that",
-        "student's head starts at zero, where a correlation's gradient is a millionfold, and the balance of terms remembered it.",
+        f"{len(old)} trainings of {pairs} (phases {phases}) had DIST at a hundredth of its weight for their first thousand steps:",
+        "that student's head starts at zero, a correlation's gradient is a millionfold there, and the balance of terms remembered it.",
         "",
     ]
     return told if old else []
