@@ -42,8 +42,8 @@ def _muted(lines: Sequence[dict]) -> list[str]:
     pairs = ", ".join(sorted({line["pair"] for line in old}))
     phases = ", ".join(sorted({line["phase"] for line in old}))
     told = [
-        f"{len(old)} trainings of {pairs} (phases {phases}) had DIST at a hundredth of its weight for their first thousand steps:",
-        "that student's head starts at zero, a correlation's gradient is a millionfold there, and the balance of terms remembered it.",
+        f"{len(old)} trainings of {pairs} (phases {phases}) had DIST at a hundredth of its weight for their first thousand",
+        "steps: that student's head starts at zero, a correlation's gradient is a millionfold there, and it was remembered.",
         "",
     ]
     return told if old else []
