@@ -202,7 +202,7 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_a_folder_to_go_on_in(tmp_path):
     command = [sys.executable, "-m", "fofa_deploy", "compress-and-export", "demo", "--out", str(tmp_path / "run"), "--set", often]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("run/.scratch/teacher-*/checkpoints/*.sha256")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob("run/.scratch/teacher-*/checkpoints/*.pt")) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
