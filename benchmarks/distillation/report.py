@@ -123,8 +123,7 @@ def _described(regime: str) -> str:
 
 def _table(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[str], reference: str) -> list[str]:
     """Mean and standard deviation per pair, and the paired difference to ``reference``, p corrected by Holm."""
-    tests = {name: _paired(scores[name], scores.get(reference, {})) for name in named if name != reference}
-    corrected = _holm({name: test[1] for name, test in tests.items() if test is not None})
+    tests, corrected = _against(scores, named, reference)
     head = f"| method | {' | '.join(pairs)} | difference to {reference!r}, points | trainings | corrected p |"
     rows = [head, "|---" * (len(pairs) + 4) + "|"]
     for name in named:
@@ -137,12 +136,19 @@ def _table(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[
 
 def _behind(scores: dict[str, dict[Block, float]], named: list[str], reference: str) -> list[str]:
     """The paired differences to one more method, p corrected by Holm."""
-    tests = {name: _paired(scores[name], scores.get(reference, {})) for name in named if name != reference}
-    known = {name: test for name, test in tests.items() if test}
-    corrected = _holm({name: test[1] for name, test in known.items()})
-    rows = [f"| {name} | {100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))} |" for name, test in known.items()]
+    tests, corrected = _against(scores, named, reference)
+    rows = [f"| {name} | {100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))} |" for name, test in tests.items()]
     head = [f"| method | difference to {reference!r}, points | trainings | corrected p |", "|---" * 4 + "|"]
     return [*head, *rows, ""] if rows else []
+
+
+def _against(
+    scores: dict[str, dict[Block, float]], named: list[str], reference: str
+) -> tuple[dict[str, tuple[float, float | None, int]], dict[str, float]]:
+    """Paired tests of all that share a training with ``reference``, and their p corrected by Holm."""
+    found = {name: _paired(scores[name], scores.get(reference, {})) for name in named if name != reference}
+    tests = {name: test for name, test in found.items() if test}
+    return tests, _holm({name: test[1] for name, test in tests.items()})
 
 
 def _cell(values: list[float]) -> str:

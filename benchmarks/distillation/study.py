@@ -102,6 +102,7 @@ LONGER = tuple(
 """At their tuned settings. What they gain by it is what a dearer method has to be worth."""
 
 LATE = {"prompted_stages": [3]}
+BLIND = {**LATE, "feedback": False}
 ALL = {"prompted_stages": [1, 2, 3, 4]}
 FORMS = (
     _fofa("no feedback, fixed weights", balance="fixed"),
@@ -114,10 +115,10 @@ FORMS = (
     _fofa("prompts as published", fofa={**ALL, "fusion": "dense"}),
     _fofa("late prompt with a feature anchor", fofa=LATE, weights={"anchor": 1.0}),
     _fofa("late prompt, trained by labels, blind to L_FD", fofa={**LATE, "follow": 0.0}, weights={"supervision": 1.0}),
-    _fofa("late prompt without the gap", fofa={**LATE, "feedback": False}),
-    _fofa("late prompt without the gap, gamma = 4", fofa={**LATE, "feedback": False}, weights={"regularizer": 4.0}),
-    _fofa("late prompt without the gap, on half of the batch", fofa={**LATE, "feedback": False, "prompt_share": 0.5}),
-    _fofa("late prompt without the gap, with an anchor", fofa={**LATE, "feedback": False}, weights={"anchor": 1.0}),
+    _fofa("late prompt without the gap", fofa=BLIND),
+    _fofa("late prompt without the gap, gamma = 4", fofa=BLIND, weights={"regularizer": 4.0}),
+    _fofa("late prompt without the gap, on half of the batch", fofa={**BLIND, "prompt_share": 0.5}),
+    _fofa("late prompt without the gap, with an anchor", fofa=BLIND, weights={"anchor": 1.0}),
     _fofa("side prompts", fofa={**ALL, "path": "side"}),
     _fofa("prompts in every stage", fofa=ALL),
     _fofa("prompts in every stage, no regularizer", fofa=ALL, weights={"regularizer": 0.0}),
@@ -128,7 +129,7 @@ SCREENED = (PAIRS[0], PAIRS[2])
 """The pairs whose students gained most by the default plan when it was tuned."""
 
 ABLATIONS = (
-    _fofa(LATE_PROMPT, fofa={**LATE, "feedback": False}),
+    _fofa(LATE_PROMPT, fofa=BLIND),
     _fofa("FOFA without attention", fofa={"attention": False}),
     _fofa("FOFA without standardized targets", fofa={"standardize": False}),
     _fofa("FOFA without RSD", method="fofa+dist"),

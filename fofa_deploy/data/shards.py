@@ -151,9 +151,7 @@ def write_shards(images: Iterable[tuple[bytes, str, int]], folder: Path, split: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     if found := sorted(folder.glob(f"{split}-*.tar")):
-        raise DataError(
-            f"{folder} has shards of {split!r} already: {found[0].name} and more", "remove them, or name another folder"
-        )
+        raise DataError(f"{folder} has shards of {split!r} already, such as {found[0].name}", "remove them, or name another folder")
     written: list[Path] = []
     tar: tarfile.TarFile | None = None
     try:

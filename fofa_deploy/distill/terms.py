@@ -92,7 +92,7 @@ class RedundancySuppression(Term):
             raise ModelError(problem, "use another method")
         self._off_diagonal = plan.rsd_lambda
         # B images cannot tell more than B dimensions apart: what they are asked to decorrelate beyond that is noise.
-        width = min(teacher.embedding_width, plan.batch_size // plan.accumulate)
+        width = min(teacher.embedding_width, max(1, plan.batch_size // plan.accumulate))
         self.projector = Projector(student.embedding_width, width)
         self.sketch = Sketch(teacher.embedding_width, width) if width < teacher.embedding_width else nn.Identity()
 

@@ -342,3 +342,12 @@ def test_rsd_asks_no_more_of_a_batch_than_it_can_tell(objective, batch):
     assert torch.allclose(sketch.basis.T @ sketch.basis, torch.eye(4), atol=1e-5)
     assert "terms.rsd.sketch.basis" in narrow.state_dict()
     assert step(narrow.train(), batch("vit")).total.isfinite()
+
+
+def test_rsd_compares_no_more_dimensions_than_a_pass_has_images(objective):
+    def width(**plan):
+        return sum(parameter.shape[0] for name, parameter in objective(method="rsd", **plan).terms["rsd"].named_parameters())
+
+    whole, shared = width(batch_size=8), width(batch_size=8, accumulate=4)
+    assert shared < whole
+    assert objective(method="rsd", batch_size=2, accumulate=4).terms["rsd"] is not None  # the trainer refuses such a plan, by name
