@@ -104,7 +104,7 @@ class Stepper:
         for module in self._objective.modules():
             if isinstance(module, Standardizer):  # as on all but the first steps of a training
                 module.batches.fill_(SETTLED)
-        self._optimizer = torch.optim.AdamW(self._objective.parameter_groups(1e-4, 0.05))
+        self._optimizer = torch.optim.AdamW(self._objective.parameter_groups(1e-4, 0.05), fused=True)
         self._batch = torch.randn(BATCH, 3, side, side), torch.arange(BATCH) % CLASSES
 
     def step(self, measuring: bool = False) -> float:

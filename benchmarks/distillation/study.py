@@ -119,6 +119,7 @@ FORMS = (
     _fofa("late prompt without the gap, gamma = 4", fofa=BLIND, weights={"regularizer": 4.0}),
     _fofa("late prompt without the gap, on half of the batch", fofa={**BLIND, "prompt_share": 0.5}),
     _fofa("late prompt without the gap, with an anchor", fofa=BLIND, weights={"anchor": 1.0}),
+    _fofa("late prompt without the gap, with the labels' loss", fofa=BLIND, weights={"supervision": 1.0}),
     _fofa("side prompts", fofa={**ALL, "path": "side"}),
     _fofa("prompts in every stage", fofa=ALL),
     _fofa("prompts in every stage, no regularizer", fofa=ALL, weights={"regularizer": 0.0}),

@@ -85,7 +85,7 @@ class Trainer:
             self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._average = _copy(self._student) if plan.ema else None
         self._transform()
-        optimizer = torch.optim.AdamW(objective.parameter_groups(plan.lr, plan.weight_decay))
+        optimizer = torch.optim.AdamW(objective.parameter_groups(plan.lr, plan.weight_decay), fused=True)
         self._wrapped, self._optimizer = self._engine.prepare(objective, optimizer)
         self._step = 0
         self._offset = 0  # batches of the current epoch that are done

@@ -26,6 +26,8 @@ from fofa_deploy.errors import InterruptedRunError, PlanError, TrainingError
 SECONDS = 180
 CLOSE = 2e-5
 """Largest relative difference of a loss between one process and two: the order of additions in float32, over 6 steps."""
+ROUNDING = 1e-6
+"""In nats: a KL near zero is a difference of terms near one."""
 
 # LayerNorm throughout the student, no dropout; 91 images make batches of 32, 32 and 27, which two processes share unequally.
 EXACT = (
@@ -117,7 +119,7 @@ def curves_agree(one: Path, other: Path) -> None:
     pairs = list(zip(read_curve(one), read_curve(other), strict=True))
     assert [(a.step, a.top1) for a, _ in pairs] == [(b.step, b.top1) for _, b in pairs]
     for a, b in pairs:
-        assert b.losses == pytest.approx(a.losses, rel=CLOSE)
+        assert b.losses == pytest.approx(a.losses, rel=CLOSE, abs=ROUNDING)
     weights = load_file(other / WEIGHTS)
     # The bias of attention's keys has no gradient but that of rounding, of which Adam makes steps nevertheless.
     assert all(torch.allclose(value, weights[name], rtol=1e-3, atol=5e-5) for name, value in load_file(one / WEIGHTS).items())
