@@ -97,7 +97,8 @@ class TeacherPlan(ModelPlan):
 class FofaPlan(Frozen):
     """Feature-based one-for-all distillation (arXiv 2501.08885); the symbols are the paper's.
 
-    Prompts are off unless stages are named for them: docs/method.md says what they were measured to cost and to bring.
+    The default is not the published form, which has prompts in all stages, fed with the gap, on whole batches:
+    docs/method.md says what each was measured to cost and to bring.
     """
 
     stages: PositiveInt = Field(default=4, description="depths at which features are compared")
@@ -112,8 +113,10 @@ class FofaPlan(Frozen):
     emphasis_power: Annotated[float, Field(ge=-1.0, le=1.0)] = Field(
         default=0.5, description="of the error that weighs; below 0 what is hard counts for less"
     )
-    prompted_stages: tuple[PositiveInt, ...] = Field(default=(), description="teacher stages with a prompt before them")
-    feedback: bool = Field(default=True, description="prompts see the gap between student and plain teacher")
+    prompted_stages: tuple[int, ...] = Field(
+        default=(-1,), description="teacher stages with a prompt before them; -1 is the last one, whatever their number"
+    )
+    feedback: bool = Field(default=False, description="prompts see the gap between student and plain teacher")
     fusion: Literal["dense", "depthwise"] = Field(default="depthwise", description="of gap and features; dense is the paper's")
     path: Literal["teacher", "side"] = Field(
         default="teacher", description="prompts bend what enters a teacher stage, or (side) the target alone, at no second pass"
@@ -128,13 +131,16 @@ class FofaPlan(Frozen):
             raise ValueError(f"regions must be a square number such as 4, 9 or 16, not {self.regions}")
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
-        if any(stage > self.stages for stage in self.prompted_stages):
-            raise ValueError(f"prompted_stages must lie between 1 and stages ({self.stages})")
+        if any(not 1 <= abs(stage) <= self.stages for stage in self.prompted_stages):
+            raise ValueError(f"prompted_stages must lie between 1 and stages ({self.stages}), or count back from -1")
         return self
 
 
 class WeightsPlan(Frozen):
-    """Factors of the loss terms; the papers' are all 1. Balancing, where it is on, comes on top."""
+    """Factors of the loss terms; the papers' are all 1. Balancing, where it is on, comes on top.
+
+    The last three are the prompts' alone, and never balanced.
+    """
 
     ce: NonNegativeFloat = 1.0
     kd: NonNegativeFloat = Field(default=1.0, description="alpha")
@@ -144,7 +150,7 @@ class WeightsPlan(Frozen):
     ofa: NonNegativeFloat = 1.0
     fofa: NonNegativeFloat = Field(default=1.0, description="beta")
     rsd: NonNegativeFloat = 1.0
-    regularizer: NonNegativeFloat = Field(default=1.0, description="gamma: holds the prompted teacher's logits to the plain one's")
+    regularizer: NonNegativeFloat = Field(default=8.0, description="gamma: holds the prompted teacher's logits to the plain one's")
     anchor: NonNegativeFloat = Field(default=0.0, description="holds its features to the plain one's")
     supervision: NonNegativeFloat = Field(default=0.0, description="cross-entropy of the prompted teacher")
 
@@ -161,6 +167,7 @@ class DistillPlan(TrainPlan):
     balance: Literal["gradient", "fixed"] = Field(
         default="gradient", description="terms scaled to equal gradients at the student, before their weights; or weights alone"
     )
+    balance_every: PositiveInt = Field(default=40, description="steps from one measurement of the gradients to the next")
     temperature: PositiveFloat = Field(default=1.0, description="of kd, dkd and dist")
     dkd_beta: NonNegativeFloat = Field(default=8.0, description="weight of DKD's non-target part; the target part has 1")
     ofa_gamma: PositiveFloat = Field(default=1.5, description="exponent by which OFA enhances the target class")

@@ -26,7 +26,6 @@ import timm
 import torch
 
 from fofa_deploy.config import DistillPlan
-from fofa_deploy.distill.balance import INTERVAL
 from fofa_deploy.distill.heads import SETTLED, Standardizer
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
@@ -41,8 +40,7 @@ PAIRS = {
     "ConvNeXt-T -> DeiT-T": ("convnext_tiny", "deit_tiny_patch16_224"),
 }
 BATCH, CLASSES = 8, 100
-ALL = {"prompted_stages": [1, 2, 3, 4]}
-LATE = {"prompted_stages": [4], "feedback": False}
+ALL = {"prompted_stages": [1, 2, 3, 4], "feedback": True, "prompt_share": 1.0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +72,8 @@ FORMS = (
     Form("RSD", {"method": "rsd", "balance": "fixed"}),
     Form("FOFA + RSD + DIST (default)", {"method": "fofa+rsd+dist"}, 1.35),
     Form("FOFA + RSD + DIST, fixed weights", {"method": "fofa+rsd+dist", "balance": "fixed"}),
-    Form("FOFA + RSD + DIST, late prompt without feedback", {"method": "fofa+rsd+dist", "fofa": LATE}),
-    Form("FOFA + RSD + DIST, the same on half of the batch", {"method": "fofa+rsd+dist", "fofa": {**LATE, "prompt_share": 0.5}}),
+    Form("FOFA + RSD + DIST, prompt on the whole batch", {"method": "fofa+rsd+dist", "fofa": {"prompt_share": 1.0}}),
+    Form("FOFA + RSD + DIST, no prompt", {"method": "fofa+rsd+dist", "fofa": {"prompted_stages": []}}),
     _prompted("prompts in every stage", 2.5),
     _prompted("prompts in every stage, dense 5x5 fusion (as published)", fusion="dense"),
     _prompted("prompts without feedback", feedback=False),
@@ -135,7 +133,8 @@ class Timings:
     def typical(self, form: Form) -> float:
         """Median step; the mean of the medians where there are several kinds, in the share that each has of all steps."""
         ordinary = mean(median(self.steps[start :: form.every] or self.steps) for start in range(form.every))
-        return ordinary + (median(self.measuring) - ordinary) / INTERVAL if self.measuring else ordinary
+        every = DistillPlan.model_validate(form.plan).balance_every
+        return ordinary + (median(self.measuring) - ordinary) / every if self.measuring else ordinary
 
 
 def time_pair(pair: str, side: int, rounds: int, done: dict[str, Timings], progress: Terminal) -> Iterator[dict[str, Timings]]:

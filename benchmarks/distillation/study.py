@@ -54,8 +54,16 @@ class Method:
         return self.name.removesuffix(EQUAL)
 
 
-DEFAULT, LATE_PROMPT, EQUAL = "FOFA (default)", "FOFA, late prompt without the gap", ", equal compute"
-FOFA = {"width": 64, "heads": 4, "stages": 4}
+DEFAULT, UNPROMPTED, EQUAL = "FOFA (default)", "FOFA without prompts", ", equal compute"
+
+OFTEN, SELDOM = 20, 40
+"""Steps from one measurement of the balance to the next; the default's has become the second."""
+FOFA = {"width": 64, "heads": 4, "stages": 4, "prompted_stages": []}
+FAITHFUL = {"feedback": True, "prompt_share": 1.0}
+ALL = {**FAITHFUL, "prompted_stages": [1, 2, 3, 4]}
+LATE = {**FAITHFUL, "prompted_stages": [3]}
+BLIND = {**LATE, "feedback": False}
+HALF = {**BLIND, "prompt_share": 0.5}
 
 
 def _weights(name: str, *values: float) -> tuple[Settings, ...]:
@@ -63,8 +71,17 @@ def _weights(name: str, *values: float) -> tuple[Settings, ...]:
 
 
 def _fofa(name: str, **settings: Any) -> Method:  # noqa: ANN401 - fields of a plan
-    """A form of the default plan, at its weights."""
-    return Method(name, {"method": "fofa+rsd+dist", "fofa": {**FOFA, **settings.pop("fofa", {})}, **settings})
+    """A form of FOFA; without prompts unless ``fofa`` names stages for them."""
+    fofa = {**FOFA, **settings.pop("fofa", {})}
+    if fofa["prompted_stages"]:
+        settings["weights"] = {"regularizer": 1.0, **settings.get("weights", {})}
+    return Method(name, {"method": "fofa+rsd+dist", "balance_every": OFTEN, "fofa": fofa, **settings})
+
+
+def _default(name: str, **settings: Any) -> Method:  # noqa: ANN401 - fields of a plan
+    """A form of the default plan, which with these networks, whose last of three stages is the third, comes to this."""
+    fofa = {**BLIND, **settings.pop("fofa", {})}
+    return _fofa(name, **{"fofa": fofa, "balance_every": SELDOM, "weights": {"regularizer": 8.0}, **settings})
 
 
 DEFAULTS = (
@@ -84,26 +101,24 @@ METHODS = (
     Method("FitNet", {"method": "fitnet", "balance": "fixed"}, _weights("fitnet", 0.1, 1.0, 10.0)),
     Method("OFA", {"method": "ofa", "balance": "fixed"}, tuple({"ofa_gamma": value} for value in (1.0, 1.5, 2.0))),
     Method("RSD", {"method": "rsd", "balance": "fixed"}, _weights("rsd", 0.5, 1.0, 2.0)),
-    replace(_fofa(DEFAULT), choices=DEFAULTS),
+    replace(_fofa(UNPROMPTED), choices=DEFAULTS),
+    _default(DEFAULT),
 )
-"""The table. Every method has three settings to choose from, and one for all pairs; the last one's is this project's default."""
+"""The table. Every method has three settings to choose from, and one for all pairs; the default has those of the row before it."""
 
 TRIED = (
     replace(
-        _fofa("FOFA (default), all of its terms weighed"),
+        _fofa(f"{UNPROMPTED}, all of its terms weighed"),
         choices=tuple({"weights": {"fofa": value, "rsd": value, "dist": value}} for value in (1 / 3, 2.0)),
     ),
 )
-"""Tuned for the record: less teacher is worse, more within noise. The default's weights stay 1."""
+"""Tuned for the record: less teacher is worse, more within noise. The weights stay 1."""
 
 LONGER = tuple(
     replace(method, name=f"{method.name}{EQUAL}", longer=True) for method in METHODS if method.name in ("alone", "KD", "RSD")
 )
 """At their tuned settings. What they gain by it is what a dearer method has to be worth."""
 
-LATE = {"prompted_stages": [3]}
-BLIND = {**LATE, "feedback": False}
-ALL = {"prompted_stages": [1, 2, 3, 4]}
 FORMS = (
     _fofa("no feedback, fixed weights", balance="fixed"),
     _fofa("no feedback"),
@@ -117,7 +132,20 @@ FORMS = (
     _fofa("late prompt, trained by labels, blind to L_FD", fofa={**LATE, "follow": 0.0}, weights={"supervision": 1.0}),
     _fofa("late prompt without the gap", fofa=BLIND),
     _fofa("late prompt without the gap, gamma = 4", fofa=BLIND, weights={"regularizer": 4.0}),
-    _fofa("late prompt without the gap, on half of the batch", fofa={**BLIND, "prompt_share": 0.5}),
+    _fofa("late prompt without the gap, on half of the batch", fofa=HALF),
+    _fofa("no feedback, balance measured half as often", balance_every=SELDOM),
+    _fofa(
+        "late prompt without the gap, gamma = 4, balance half as often",
+        fofa=BLIND,
+        weights={"regularizer": 4.0},
+        balance_every=SELDOM,
+    ),
+    _fofa(
+        "late prompt without the gap, gamma = 8, balance half as often",
+        fofa=BLIND,
+        weights={"regularizer": 8.0},
+        balance_every=SELDOM,
+    ),
     _fofa("late prompt without the gap, with an anchor", fofa=BLIND, weights={"anchor": 1.0}),
     _fofa("late prompt without the gap, with the labels' loss", fofa=BLIND, weights={"supervision": 1.0}),
     _fofa("side prompts", fofa={**ALL, "path": "side"}),
@@ -130,13 +158,13 @@ SCREENED = (PAIRS[0], PAIRS[2])
 """The pairs whose students gained most by the default plan when it was tuned."""
 
 ABLATIONS = (
-    _fofa(LATE_PROMPT, fofa=BLIND),
-    _fofa("FOFA without attention", fofa={"attention": False}),
-    _fofa("FOFA without standardized targets", fofa={"standardize": False}),
-    _fofa("FOFA without RSD", method="fofa+dist"),
-    _fofa("FOFA with KD for DIST", method="fofa+rsd"),
-    _fofa("FOFA without features", method="rsd+dist"),
-    _fofa("FOFA with fixed weights", balance="fixed"),
+    _fofa("FOFA, gamma = 1, balance twice as often", fofa=BLIND),
+    _default("FOFA without attention", fofa={"attention": False}),
+    _default("FOFA without standardized targets", fofa={"standardize": False}),
+    _default("FOFA without RSD", method="fofa+dist"),
+    _default("FOFA with KD for DIST", method="fofa+rsd"),
+    Method("FOFA without features", {"method": "rsd+dist"}),
+    _default("FOFA with fixed weights", balance="fixed"),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -9,10 +10,8 @@ from torch import Tensor, nn
 
 from fofa_deploy.distill.parallel import averaged
 
-INTERVAL = 20
-"""Steps from one measurement to the next: one costs a backward pass through the student per term."""
-
-_MEMORY = 0.8
+_HORIZON = 90.0
+"""Steps after which a measurement counts for a third of what it did, however often there is one."""
 _LARGEST = 100.0
 """A term that hardly moves the student is scaled up, but not to noise."""
 _SURPRISE = 10.0
@@ -23,20 +22,21 @@ head that starts at zero, a correlation's gradient is a millionfold, and would b
 class GradientBalance(nn.Module):
     """Scales of the terms: the norm of cross-entropy's gradient at the student's weights over that of the term's.
 
-    In the spirit of GradNorm (Chen et al., arXiv 1711.02257), without its training of the scales: norms are measured on
-    every 20th step, remembered as a moving average, and part of the checkpoint.
+    In the spirit of GradNorm (Chen et al., arXiv 1711.02257), without its training of the scales: norms are measured now and
+    then, remembered as a moving average, and part of the checkpoint.
 
     Args:
         names: of the terms to be scaled; ``ce`` is what they are scaled to.
+        every: steps from one measurement to the next: one costs a backward pass through the student per term.
         passes: forward passes that share a step, as in `TrainPlan.accumulate`; the first of them is measured.
     """
 
     norms: Tensor
     steps: Tensor
 
-    def __init__(self, names: Sequence[str], passes: int = 1) -> None:
+    def __init__(self, names: Sequence[str], every: int, passes: int = 1) -> None:
         super().__init__()
-        self._names, self._interval = ("ce", *names), INTERVAL * passes
+        self._names, self._interval, self._memory = ("ce", *names), every * passes, math.exp(-every / _HORIZON)
         self.register_buffer("norms", torch.zeros(len(self._names)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -53,7 +53,7 @@ class GradientBalance(nn.Module):
     def _measure(self, terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
         found = torch.stack([_gradient_norm(terms[name], parameters) for name in self._names])
         if found.isfinite().all():
-            memory = _MEMORY if int(self.steps) else 0.0
+            memory = self._memory if int(self.steps) else 0.0
             self.norms.clamp_(max=_SURPRISE * found).lerp_(found, 1 - memory)
 
 

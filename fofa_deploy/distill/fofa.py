@@ -47,7 +47,7 @@ class FeatureBranch(Term):
         side = plan.path == "side"
         entries = targets if side else [teacher.entries[index] for index in self.teacher_stages]
         self.prompts = _prompts(entries, targets, plan)
-        self.notices = _unprompted(self.prompts, plan)
+        self.notices = _unprompted(self.prompts, pairs, plan)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @property
@@ -171,15 +171,20 @@ def _difficulty(aligned: Tensor, target: Tensor, axes: tuple[int, ...], power: f
 
 def _prompts(entries: Sequence[Stage | None], targets: Sequence[Stage], plan: FofaPlan) -> nn.ModuleDict:
     """A prompt per wanted and possible pair; keys are 0-based."""
-    prompts = nn.ModuleDict()
+    prompts, wanted = nn.ModuleDict(), {_pair(stage, len(targets)) for stage in plan.prompted_stages}
     for pair, (entry, target) in enumerate(zip(entries, targets, strict=True)):
-        if entry is not None and pair + 1 in plan.prompted_stages:
+        if entry is not None and pair in wanted:
             prompts[str(pair)] = PromptBlock(entry.channels, target.channels if plan.feedback else None, plan.fusion)
     return prompts
 
 
-def _unprompted(prompts: nn.ModuleDict, plan: FofaPlan) -> tuple[str, ...]:
-    left_out = [str(stage) for stage in sorted(set(plan.prompted_stages)) if str(stage - 1) not in prompts]
+def _pair(stage: int, pairs: int) -> int:
+    """0-based; a plan counts from 1, or from -1 backwards."""
+    return stage - 1 if stage > 0 else pairs + stage
+
+
+def _unprompted(prompts: nn.ModuleDict, pairs: int, plan: FofaPlan) -> tuple[str, ...]:
+    left_out = [str(stage) for stage in sorted(set(plan.prompted_stages)) if str(_pair(stage, pairs)) not in prompts]
     return (f"teacher stages without the prompt that was asked for: {', '.join(left_out)}",) if left_out else ()
 
 

@@ -50,7 +50,9 @@ class Objective(nn.Module):
         self._frozen: tuple[TappedModel, ...] = () if teacher is None else (_freeze(teacher),)
         _check(student, teacher, plan)
         self.terms = nn.ModuleDict({name: TERMS[name](student, teacher, plan) for name in plan.terms} if teacher else {})
-        self.balance = GradientBalance(plan.terms, plan.accumulate) if plan.balance == "gradient" and self.terms else None
+        self.balance = (
+            GradientBalance(plan.terms, plan.balance_every, plan.accumulate) if plan.balance == "gradient" and self.terms else None
+        )
         self._prefix: Prefix | None = None
 
     @property

@@ -26,7 +26,8 @@ MODELS = {
     "pit": ("pit_ti_224", 64, {"img_size": 64, "depth": (1, 1, 1)}),
     "pvt": ("pvt_v2_b0", 32, {}),
 }
-WIDTHS = {"width": 16, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4)}
+FOFA = {"width": 16, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4), "feedback": True, "prompt_share": 1.0}
+"""Prompts as published, but for their fusion: all parts are there."""
 
 
 def _made(kind, height, width):
@@ -81,7 +82,7 @@ def objective(tapped):
 
     def make(student="cnn", teacher="vit", method="fofa", **settings):
         torch.manual_seed(1)
-        fofa = {**WIDTHS, **settings.pop("fofa", {})}
+        fofa = {**FOFA, **settings.pop("fofa", {})}
         plan = DistillPlan(method=method, fofa=fofa, balance=settings.pop("balance", "fixed"), **settings)
         return Objective(tapped(student), None if teacher is None else tapped(teacher), plan)
 

@@ -6,7 +6,10 @@ import pytest
 import torch
 from test_objective import open_prompts, step
 
+from fofa_deploy.config import FofaPlan
+
 FORMS = {
+    "default": {name: FofaPlan().model_dump()[name] for name in ("prompted_stages", "feedback", "prompt_share")},
     "dense fusion": {"fusion": "dense"},
     "no gap": {"feedback": False},
     "late": {"prompted_stages": (3, 4)},
@@ -38,7 +41,7 @@ def test_every_form_trains_all_its_parts_and_leaves_the_teacher_alone(form, obje
     assert all(torch.equal(value, before[name]) for name, value in made.teacher.state_dict().items())
 
 
-@pytest.mark.parametrize("form", ["side", "half of the batch", "every second step", "late", "blind to the feature loss"])
+@pytest.mark.parametrize("form", ["default", "side", "half of the batch", "every second step", "late", "blind to the feature loss"])
 def test_at_its_start_a_prompt_changes_no_loss(form, objective, batch):
     prompted, plain = objective(fofa=FORMS[form]).eval(), objective(fofa={"prompted_stages": ()}).eval()
     plain.load_state_dict({name: value for name, value in prompted.state_dict().items() if ".prompts." not in name})

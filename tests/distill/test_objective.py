@@ -148,7 +148,7 @@ def test_non_square_inputs():
 
     shape, names = (3, 24, 40), ("0", "1", "2")
     student, teacher = (tap(Plain(*widths), shape, names=names) for widths in ((4, 6, 8), (8, 8, 12)))
-    fofa = {"width": 8, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4)}
+    fofa = {"width": 8, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4), "feedback": True}
     made = Objective(student, teacher, DistillPlan(method="fofa+rsd", fofa=fofa)).train()
     assert step(made, (torch.randn(4, *shape), torch.arange(4))).total.isfinite()
     assert len(made.terms["fofa"].prompts) == 3
@@ -262,6 +262,11 @@ def test_models_with_other_numbers_of_stages_are_paired(objective):
     made = objective("mobilevit", "levit")
     assert (made.terms["fofa"].student_stages, made.terms["fofa"].teacher_stages) == ([1, 2, 3], [0, 1, 2])
     assert made.notices == ("teacher stages without the prompt that was asked for: 4",)
+    late = objective("mobilevit", "levit", fofa={"prompted_stages": (-1,)})  # of three pairs, with four asked for
+    assert (list(late.terms["fofa"].prompts), late.terms["fofa"].first_prompt, late.notices) == (["2"], 2, ())
+    assert objective("mobilevit", "levit", fofa={"prompted_stages": (-4,)}).notices == (
+        "teacher stages without the prompt that was asked for: -4",
+    )
 
 
 def test_what_does_not_fit_is_refused_up_front(tapped):

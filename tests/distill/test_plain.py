@@ -72,7 +72,9 @@ def test_a_prompt_of_nothing_changes_nothing_and_another_does(kind):
 
 @pytest.mark.parametrize(("student", "teacher"), [("cnn", "nhwc"), ("nhwc", "tokens"), ("tokens", "cnn")])
 def test_every_kind_teaches_and_learns(student, teacher):
-    plan = DistillPlan(method="fofa+rsd", fofa={"width": 8, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4)})
+    plan = DistillPlan(
+        method="fofa+rsd", fofa={"width": 8, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4), "feedback": True}
+    )
     made = Objective(built(student), built(teacher), plan).train()
     optimizer = torch.optim.AdamW(made.parameter_groups(1e-3, 0.05))
     before = {name: p.detach().clone() for name, p in made.student.named_parameters()}
