@@ -8,8 +8,7 @@ them with the model's prediction, and writes results.json and README.md beside t
     seconds = operations per image x images / rate
     bytes   = 16 per trained parameter + 4 per teacher parameter + activations per image x images
 
-Operations and activations per image are counted by PyTorch on two images without values (the meta device); the rate is that of
-the first measurement alone.
+Operations and activations per image are counted by PyTorch on two images; the rate is that of the first measurement alone.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -32,6 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fofa_deploy.config import DataPlan, DistillPlan, ModelPlan
 from fofa_deploy.data.sources import to_pixels
+from fofa_deploy.distill.balance import GradientBalance
+from fofa_deploy.distill.heads import SETTLED, Standardizer
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.environment import describe
@@ -71,9 +73,21 @@ def parameters(found: Objective) -> tuple[int, int]:
     return sum(p.numel() for p in found.parameters()), sum(p.numel() for p in found.teacher.parameters())
 
 
+def _ordinary(found: Objective, side: int, classes: int) -> Objective:
+    """A copy at an ordinary step: no measurement of the balance, statistics of the teacher settled, what its passes share known."""
+    found = copy.deepcopy(found)
+    found(*batch(COUNTED, side, classes))
+    for module in found.modules():
+        if isinstance(module, GradientBalance):
+            module.steps.fill_(1)
+        elif isinstance(module, Standardizer):
+            module.batches.fill_(SETTLED)
+    return found
+
+
 def counted(found: Objective, side: int, classes: int) -> tuple[float, float]:
     """Operations of a step, and bytes kept for its backward pass, per image."""
-    found = copy.deepcopy(found).to("meta")
+    found = _ordinary(found, side, classes)
     known = {p.untyped_storage()._cdata for m in (found, found.teacher) for p in m.parameters()}
     kept: dict[int, int] = {}
 
@@ -83,11 +97,21 @@ def counted(found: Objective, side: int, classes: int) -> tuple[float, float]:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with FlopCounterMode(display=False) as counter:
+    formulas = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            losses = found(*(tensor.to("meta") for tensor in batch(COUNTED, side, classes)))
+            losses = found(*batch(COUNTED, side, classes))
         losses.total.backward()
     return counter.get_total_flops() / COUNTED, sum(kept.values()) / COUNTED
+
+
+def _convolution_backward(
+    gradient: torch.Size, inputs: torch.Size, weight: torch.Size, *others: object, out_shape: object = None
+) -> int:
+    """As many operations as forward for each gradient that is asked for. PyTorch's own formula takes depthwise ones for dense."""
+    transposed, wanted = others[4], others[-1]
+    cells = math.prod((inputs if transposed else gradient)[2:])
+    return 2 * gradient[0] * cells * math.prod(weight) * sum(wanted[:2])
 
 
 def peak() -> int:
@@ -107,7 +131,7 @@ def measured(pair: int) -> list[dict[str, object]]:
     teacher, student, method, batches = PAIRS[pair]
     before = reset()
     found = objective(teacher, student, method, SIDE, CLASSES)
-    optimizer = torch.optim.AdamW(found.parameter_groups(1e-4, 0.05))
+    optimizer = torch.optim.AdamW(found.parameter_groups(1e-4, 0.05), fused=True)
     operations, activations = counted(found, SIDE, CLASSES)
     trained, frozen = parameters(found)
     rows = []
