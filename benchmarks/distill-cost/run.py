@@ -72,7 +72,7 @@ FORMS = (
     Form("RSD", {"method": "rsd", "balance": "fixed"}),
     Form("FOFA + RSD + DIST (default)", {"method": "fofa+rsd+dist"}, 1.35),
     Form("FOFA + RSD + DIST, fixed weights", {"method": "fofa+rsd+dist", "balance": "fixed"}),
-    Form("FOFA + RSD + DIST, prompt on the whole batch", {"method": "fofa+rsd+dist", "fofa": {"prompt_share": 1.0}}),
+    Form("FOFA + RSD + DIST, prompt on half of the batch", {"method": "fofa+rsd+dist", "fofa": {"prompt_share": 0.5}}),
     Form("FOFA + RSD + DIST, no prompt", {"method": "fofa+rsd+dist", "fofa": {"prompted_stages": []}}),
     _prompted("prompts in every stage", 2.5),
     _prompted("prompts in every stage, dense 5x5 fusion (as published)", fusion="dense"),

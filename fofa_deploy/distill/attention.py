@@ -76,10 +76,11 @@ class RegionAwareAttention(nn.Module):
 
 
 class Aligner(nn.Module):
-    """(B, n, d) -> (B, d, g, g) -> (B, C, H, W): student regions in the shape of a teacher stage (equation 4).
+    """(B, n, d) -> (B, C, g, g): student regions in the channels of a teacher stage (equation 4).
 
     Resizing and a 1x1 convolution commute (the weights of both sum over different axes, and those of resizing sum
-    to 1), so the convolution runs at whichever of the two sizes is smaller.
+    to 1), so the convolution runs at whichever of the two sizes is smaller. To enlarge what comes out, with
+    :func:`fofa_deploy.distill.grids.resize`, is left to whoever needs the map; the loss does not.
     """
 
     def __init__(self, width: int, channels: int) -> None:
@@ -87,8 +88,8 @@ class Aligner(nn.Module):
         self.project = nn.Conv2d(width, channels, 1)
 
     def forward(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """``size``: (H, W) of the stage; the result has it where it is smaller than (g, g)."""
         side = math.isqrt(tokens.shape[1])
         grid = torch.unflatten(tokens.transpose(1, 2), 2, (side, side))
-        if size[0] * size[1] < side * side:
-            return self.project(resize(grid, size))  # type: ignore[no-any-return]
-        return resize(self.project(grid), size)
+        smaller = size[0] * size[1] < side * side
+        return self.project(resize(grid, size) if smaller else grid)  # type: ignore[no-any-return]

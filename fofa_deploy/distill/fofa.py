@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fofa_deploy.config import DistillPlan, FofaPlan
 from fofa_deploy.distill.attention import Aligner, RegionAwareAttention
+from fofa_deploy.distill.grids import resize
 from fofa_deploy.distill.heads import Standardizer
 from fofa_deploy.distill.lesson import Lesson, Term
 from fofa_deploy.distill.losses import divergence, hierarchical_context_loss
@@ -102,7 +103,7 @@ class FeatureBranch(Term):
         """Prompts on the finished features: no second pass. There are no prompted logits; the features are held instead."""
         bent = list(targets)
         for pair, prompt in self.prompts.items():
-            bent[int(pair)] = prompt(targets[int(pair)], gap=(aligned[int(pair)] - targets[int(pair)]).detach())
+            bent[int(pair)] = prompt(targets[int(pair)], gap=self._gap(aligned[int(pair)], targets[int(pair)]))
         maps = tuple(bent)
         return {
             "fofa": self._distance(aligned, tuple(map(self._followed, maps))),
@@ -119,9 +120,14 @@ class FeatureBranch(Term):
     def bends(self, aligned: Sequence[Tensor], targets: Sequence[Tensor]) -> dict[int, Prompt]:
         """Prompts by teacher stage, fed with this batch's gap between the aligned student and the plain teacher."""
         return {
-            self.teacher_stages[int(pair)]: partial(prompt, gap=(aligned[int(pair)] - targets[int(pair)]).detach())
+            self.teacher_stages[int(pair)]: partial(prompt, gap=self._gap(aligned[int(pair)], targets[int(pair)]))
             for pair, prompt in self.prompts.items()
         }
+
+    @torch.no_grad()
+    def _gap(self, aligned: Tensor, target: Tensor) -> Tensor | None:
+        """Between student and plain teacher, (B, C, H, W); None for prompts that do not see it."""
+        return _enlarged(aligned, target) - target if self._plan.feedback else None
 
     def standardize(self, maps: Sequence[Tensor]) -> Maps:
         return tuple(scale(grid) for scale, grid in zip(self.scales, maps, strict=True))
@@ -138,7 +144,7 @@ class FeatureBranch(Term):
                 scale.update(grid)
 
     def align(self, student: Features, targets: Sequence[Tensor]) -> Maps:
-        """The student's regions in the shapes of the teacher's maps: equations 3 and 4."""
+        """The student's regions in the channels of the teacher's maps, (B, C_i, h_i, w_i), at most as large: equations 3 and 4."""
         regions = self.attention([student.maps[index] for index in self.student_stages])
         sizes = [(grid.shape[-2], grid.shape[-1]) for grid in targets]
         return tuple(align(tokens, size) for align, tokens, size in zip(self.aligners, regions, sizes, strict=True))
@@ -153,6 +159,7 @@ class FeatureBranch(Term):
         if self._plan.emphasis == "none":
             return _distance(aligned, targets)
         axes, power = _AVERAGED[self._plan.emphasis], self._plan.emphasis_power
+        aligned = tuple(_enlarged(*pair) for pair in zip(aligned, targets, strict=True))
         return _distance(aligned, targets, [_difficulty(*pair, axes, power) for pair in zip(aligned, targets, strict=True)])
 
 
@@ -160,6 +167,10 @@ def _distance(aligned: Maps, targets: Maps, emphasis: Sequence[Tensor | None] | 
     """The sum of HCL over stages."""
     stages = zip(aligned, targets, emphasis or [None] * len(targets), strict=True)
     return torch.stack([hierarchical_context_loss(*stage) for stage in stages]).sum()
+
+
+def _enlarged(aligned: Tensor, target: Tensor) -> Tensor:
+    return resize(aligned, (target.shape[-2], target.shape[-1]))
 
 
 @torch.no_grad()

@@ -17,18 +17,30 @@ FEW = 64
 
 def resize(grid: Tensor, size: Size) -> Tensor:
     """Bilinear, antialiased where it shrinks: (B, C, H, W) -> (B, C, *size)."""
-    before = (grid.shape[-2], grid.shape[-1])
-    if before == tuple(size):
+    if (grid.shape[-2], grid.shape[-1]) == tuple(size):
         return grid
-    if before[0] * before[1] <= FEW and before[0] <= size[0] and before[1] <= size[1]:
-        return torch.unflatten(_times(grid, _enlarging(before, size, grid.device, grid.dtype)), 2, size)
+    matrix = enlarging(grid, size)
+    if matrix is not None:
+        return torch.unflatten(_times(grid, matrix), 2, size)
     # In float32: the antialiased kernel has no bf16 on the CPU.
     return _interpolated(grid.float(), size).to(grid.dtype)
 
 
+def enlarging(grid: Tensor, size: Size) -> Tensor | None:
+    """What a flat ``grid`` (B, C, h * w) is multiplied with to be enlarged: (h * w, H * W). None: interpolation is cheaper."""
+    before = (grid.shape[-2], grid.shape[-1])
+    few = before[0] * before[1] <= FEW and before[0] <= size[0] and before[1] <= size[1]
+    return _enlarging(before, size, grid.device, grid.dtype) if few else None
+
+
 def pool(grid: Tensor, sides: Sequence[int]) -> Tensor:
     """Adaptive average pooling to several squares at once, side by side: (B, C, H, W) -> (B, C, sum of side * side)."""
-    return _times(grid, _pooling((grid.shape[-2], grid.shape[-1]), tuple(sides), grid.device, grid.dtype))
+    return _times(grid, pooling(grid, sides))
+
+
+def pooling(grid: Tensor, sides: Sequence[int]) -> Tensor:
+    """What a flat ``grid`` (B, C, H * W) is multiplied with to be pooled: (H * W, sum of side * side)."""
+    return _pooling((grid.shape[-2], grid.shape[-1]), tuple(sides), grid.device, grid.dtype)
 
 
 def _interpolated(grid: Tensor, size: Size) -> Tensor:

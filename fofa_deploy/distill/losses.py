@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fofa_deploy.distill.grids import pool
+from fofa_deploy.distill.grids import enlarging, pool, pooling, resize
 
 _POOLS = {4: 1 / 2, 2: 1 / 4, 1: 1 / 8}
 
@@ -14,20 +14,40 @@ _POOLS = {4: 1 / 2, 2: 1 / 4, 1: 1 / 8}
 def hierarchical_context_loss(student: Tensor, teacher: Tensor, emphasis: Tensor | None = None) -> Tensor:
     """HCL: [MSE + 1/2 MSE(pool4) + 1/4 MSE(pool2) + 1/8 MSE(pool1)] / weights used. arXiv 2501.08885, equation 5.
 
-    Both (B, C, H, W) -> scalar. A pooling is used where it makes both sides smaller. Pooling is linear, so the
-    difference is pooled once instead of either map. ``emphasis``, broadcast over (B, C, H, W), weighs squared errors.
+    (B, C, h, w), which is enlarged, and (B, C, H, W) -> scalar. A pooling is used where it makes both sides smaller.
+    ``emphasis``, broadcast over (B, C, H, W), weighs squared errors.
     """
-    gap = student.float() - teacher.float()
-    if emphasis is not None:
-        gap = gap * emphasis.sqrt()
-    loss = gap.square().mean()
-    sides = [side for side in _POOLS if side < min(gap.shape[-2:])]
-    if not sides:
+    student, teacher = student.float(), teacher.float()
+    size = (teacher.shape[-2], teacher.shape[-1])
+    sides = [side for side in _POOLS if side < min(size)]
+    matrix = enlarging(student, size) if emphasis is None and student.shape[-2:] != teacher.shape[-2:] else None
+    with torch.autocast(teacher.device.type, enabled=False):
+        if matrix is not None:
+            loss, pooled = _enlarged_error(student, teacher, matrix, pooling(teacher, sides) if sides else None)
+        else:
+            gap = resize(student, size) - teacher
+            if emphasis is not None:
+                gap = gap * emphasis.sqrt()
+            # Pooling is linear, so the difference is pooled once instead of either map.
+            loss, pooled = gap.square().mean(), pool(gap, sides) if sides else None
+    if pooled is None:
         return loss
-    squares = pool(gap, sides).square().mean(dim=(0, 1))
+    squares = pooled.square().mean(dim=(0, 1))
     # Each cell's part in the mean over its pooling.
     weights = torch.cat([squares.new_full((side * side,), _POOLS[side] / side**2) for side in sides])
     return (loss + (squares * weights).sum()) / (1 + sum(_POOLS[side] for side in sides))
+
+
+def _enlarged_error(student: Tensor, teacher: Tensor, matrix: Tensor, pools: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """MSE of the student's grid times ``matrix``, and the pooled difference, without a map of the teacher's size but its own.
+
+    With S and T flat, |S M - T|^2 = S M M' S' - 2 S M T' + |T|^2, and all that is left of T is small.
+    """
+    few, many = student.flatten(2), teacher.flatten(2)
+    seen = many @ (matrix.mT if pools is None else torch.cat([matrix.mT, pools], dim=1))
+    cells = few.shape[2]
+    square = (few * (few @ (matrix @ matrix.mT) - 2 * seen[..., :cells])).sum() + torch.linalg.vector_norm(many).square()
+    return square / many[0].numel() / len(many), None if pools is None else few @ (matrix @ pools) - seen[..., cells:]
 
 
 def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:

@@ -190,7 +190,7 @@ def test_regions_are_row_major():
 def test_aligners_commute_with_resizing(size):
     aligner, tokens = Aligner(8, 6), torch.randn(3, 4, 8)
     grid = tokens.transpose(1, 2).reshape(3, 8, 2, 2)
-    assert torch.allclose(aligner(tokens, size), aligner.project(resize(grid, size)), atol=1e-6)
+    assert torch.allclose(resize(aligner(tokens, size), size), aligner.project(resize(grid, size)), atol=1e-6)
 
 
 # --- grids
@@ -232,6 +232,15 @@ def test_hierarchical_context_loss_pools_each_map():
     for size, weight in ((4, 0.5), (2, 0.25), (1, 0.125)):
         expected += weight * functional.mse_loss(functional.adaptive_avg_pool2d(a, size), functional.adaptive_avg_pool2d(b, size))
     assert torch.allclose(hierarchical_context_loss(a, b), expected / 1.875)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (4, 4), (4, 7), (16, 9)])
+def test_a_smaller_map_is_compared_as_if_it_had_been_enlarged(size):
+    small, large = (torch.randn(3, 5, *shape, requires_grad=True) for shape in ((4, 4), size))
+    losses = hierarchical_context_loss(small, large), hierarchical_context_loss(resize(small, size), large)
+    assert torch.allclose(*losses, rtol=1e-5)
+    for one, other in zip(*(torch.autograd.grad(loss, (small, large)) for loss in losses), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
