@@ -97,8 +97,8 @@ class TeacherPlan(ModelPlan):
 class FofaPlan(Frozen):
     """Feature-based one-for-all distillation (arXiv 2501.08885); the symbols are the paper's.
 
-    The default is not the published form, which has prompts in all stages, fed with the gap, on whole batches:
-    docs/method.md says what each was measured to cost and to bring.
+    The default is not the published form, which has prompts in all stages, fed with the gap: docs/method.md says what each
+    was measured to cost and to bring.
     """
 
     stages: PositiveInt = Field(default=4, description="depths at which features are compared")
