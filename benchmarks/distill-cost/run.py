@@ -40,7 +40,7 @@ PAIRS = {
     "ConvNeXt-T -> DeiT-T": ("convnext_tiny", "deit_tiny_patch16_224"),
 }
 BATCH, CLASSES = 8, 100
-ALL = {"prompted_stages": [1, 2, 3, 4], "feedback": True, "prompt_share": 1.0}
+ALL = {"prompted_stages": [1, 2, 3, 4], "feedback": True}
 
 
 @dataclass(frozen=True, eq=False)

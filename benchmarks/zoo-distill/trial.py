@@ -199,7 +199,7 @@ def _tapped(name: str, shape: tuple[int, int, int]) -> TappedModel:
 
 def _objective(student: TappedModel, teacher: TappedModel) -> Objective:
     torch.manual_seed(2)
-    fofa = {"width": 16, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4), "feedback": True, "prompt_share": 1.0}
+    fofa = {"width": 16, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4), "feedback": True}
     plan = DistillPlan(method="fofa", fofa=fofa)
     return Objective(student, teacher, plan).train()
 

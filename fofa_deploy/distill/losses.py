@@ -47,7 +47,7 @@ def _enlarged_error(student: Tensor, teacher: Tensor, matrix: Tensor, pools: Ten
     seen = many @ (matrix.mT if pools is None else torch.cat([matrix.mT, pools], dim=1))
     cells = few.shape[2]
     square = (few * (few @ (matrix @ matrix.mT) - 2 * seen[..., :cells])).sum() + torch.linalg.vector_norm(many).square()
-    return square / many[0].numel() / len(many), None if pools is None else few @ (matrix @ pools) - seen[..., cells:]
+    return square / many.numel(), None if pools is None else few @ (matrix @ pools) - seen[..., cells:]
 
 
 def divergence(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:

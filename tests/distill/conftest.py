@@ -26,7 +26,7 @@ MODELS = {
     "pit": ("pit_ti_224", 64, {"img_size": 64, "depth": (1, 1, 1)}),
     "pvt": ("pvt_v2_b0", 32, {}),
 }
-FOFA = {"width": 16, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4), "feedback": True, "prompt_share": 1.0}
+FOFA = {"width": 16, "heads": 2, "regions": 4, "prompted_stages": (1, 2, 3, 4), "feedback": True}
 """Prompts as published, but for their fusion: all parts are there."""
 
 
