@@ -31,6 +31,7 @@ def write(lines: Sequence[dict]) -> None:
     ]
     for regime in study.REGIMES:
         parts += _settings([line for line in lines if line.get("regime") == regime], regime)
+        parts += _doubling(lines, regime)
         parts += _comparison(_latest(lines, "compare", regime, "test"), regime)
         parts += _forgetting(lines, "compare", regime)
         parts += _screening(_latest(lines, "screen", regime, "validation"), regime)
@@ -52,9 +53,11 @@ def _muted(lines: Sequence[dict]) -> list[str]:
 
 
 def _teachers(lines: Iterable[dict]) -> list[str]:
-    latest = {line["teacher"]: line for line in lines if line["phase"] == "teacher"}
-    rows = [f"| {kind} | {line['test']:.2%} | {line['validation']:.2%} |" for kind, line in latest.items()]
-    return ["## Teachers", "", "| family | test | validation |", "|---|---|---|", *rows, ""] if rows else []
+    latest = {(line["teacher"], line["epochs"]): line for line in lines if line["phase"] == "teacher"}
+    rows = [
+        f"| {kind} | {epochs} | {line['test']:.2%} | {line['validation']:.2%} |" for (kind, epochs), line in sorted(latest.items())
+    ]
+    return ["## Teachers", "", "| family | epochs | test | validation |", "|---|---|---|---|", *rows, ""] if rows else []
 
 
 def _settings(lines: Sequence[dict], regime: str) -> list[str]:
@@ -76,6 +79,23 @@ def _settings(lines: Sequence[dict], regime: str) -> list[str]:
     ]
     head = ["| who | setting | validation accuracy, mean over pairs | pairs |", "|---|---|---|---|"]
     return [f"## Settings tried on validation images, {_described(regime)}", "", *head, *rows, ""]
+
+
+def _doubling(lines: Iterable[dict], regime: str) -> list[str]:
+    """What twice the schedule is worth to each student alone."""
+    epochs = study.REGIMES[regime].epochs
+    found: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: {epochs: {}, 2 * epochs: {}})
+    for line in lines:
+        if line["phase"] == "double" and line["regime"] == regime and line["epochs"] in (epochs, 2 * epochs):
+            found[line["pair"].split()[-1]][line["epochs"]][line["seed"]] = line["validation"]
+    rows = []
+    for student, (once, twice) in sorted((student, scores.values()) for student, scores in found.items()):
+        if seeds := once.keys() & twice.keys():
+            means = [100 * mean(scores[seed] for seed in seeds) for scores in (once, twice)]
+            rows.append(f"| {student} | {means[0]:.2f} | {means[1]:.2f} | {means[1] - means[0]:+.2f} | {len(seeds)} |")
+    title = f"## What doubling the schedule is worth to a student alone, validation accuracy, {_described(regime)}"
+    head = [title, "", f"| student | {epochs} epochs | {2 * epochs} epochs | gain, points | seeds |", "|---|---|---|---|---|"]
+    return [*head, *rows, ""] if rows else []
 
 
 def _latest(lines: Iterable[dict], phase: str, regime: str, score: str) -> dict[str, dict[Block, float]]:

@@ -1,6 +1,7 @@
 """Distillation methods compared: same students, schedules and augmentation, several seeds, test images read once.
 
 python benchmarks/distillation/run.py rate            # each student's learning rate, alone, on validation images
+python benchmarks/distillation/run.py double          # what twice the schedule is worth to a student alone, on validation images
 python benchmarks/distillation/run.py screen          # forms of feedback, on validation images
 python benchmarks/distillation/run.py tune            # each method's setting, on validation images
 python benchmarks/distillation/run.py compare         # the table, on test images
@@ -82,20 +83,21 @@ class Room:
         data = _data(self.root, limit)
         return Workshop(data if final else dataclasses.replace(data, test=data.validation), seed, self.threads, self.progress)
 
-    def teacher(self, kind: str) -> Path:
+    def teacher(self, kind: str, epochs: int) -> Path:
         """Fitted once for all who run this: a processor of another kind rounds otherwise, and would teach another student."""
-        out = HERE / "teachers" / kind
+        out = HERE / "teachers" / f"{kind}-{epochs}"
         if not (out / "summary.json").is_file():
             out.mkdir(parents=True, exist_ok=True)
-            self.workshop(None, TEACHER_SEED, final=True).fit(study.teacher(kind), out)
-            _record({"phase": "teacher", "teacher": kind, **_scores(out, final=True)})
+            self.workshop(None, TEACHER_SEED, final=True).fit(study.teacher(kind, epochs), out)
+            _record({"phase": "teacher", "teacher": kind, "epochs": epochs, **_scores(out, final=True)})
         return out
 
     def train(self, training: Training) -> None:
         final = training.phase == "compare"
         workshop = self.workshop(training.regime.limit, training.seed, final)
         plan = study.plan(training.settings, training.epochs)
-        taught_by = study.teacher(training.pair.teacher), self.teacher(training.pair.teacher)
+        taught = training.pair.teacher, training.regime.teacher_epochs
+        taught_by = study.teacher(*taught), self.teacher(*taught)
         shelf = _shelf(self.work, training.key)
         workshop.distill(study.student(training.pair.student), plan, shelf, taught_by)
         _record({**training.key, **_scores(shelf, final)})
@@ -152,6 +154,15 @@ def rate(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
             yield Training("rate", regime, pair, study.RATES, choice, TUNING_SEED, max(1, epochs // 2))
 
 
+def double(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
+    """Every student alone, for the schedule and for twice as long."""
+    rates = _rates(regime)
+    for seed, student in product(range(TUNING_SEED, TUNING_SEED + seeds), sorted(rates)):
+        pair = next(pair for pair in study.PAIRS if pair.student == student)
+        for length in (epochs, 2 * epochs):
+            yield Training("double", regime, pair, study.ALONE, 0, seed, length, rates[student])
+
+
 def screen(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
     """Every form of feedback."""
     rates = _rates(regime)
@@ -162,6 +173,8 @@ def screen(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
 
 def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
     """Every setting of every method, once per pair, on a quarter of the schedule."""
+    if regime.settled:
+        raise click.ClickException(f"regime {regime.name!r} takes the settings of {regime.settled!r}: tune that one")
     rates = _rates(regime)
     for pair in study.PAIRS:
         for method in (*study.METHODS, *study.TRIED):
@@ -217,7 +230,7 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
             line["validation"]
             for line in lines
             if line["phase"] == "tune"
-            and line["regime"] == regime.name
+            and line["regime"] == (regime.settled or regime.name)
             and line["method"] == method.tuned_as
             and wanted.items() <= line["plan"].items()
         ]
@@ -227,7 +240,7 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
     return means.index(max(means))
 
 
-PHASES = {"rate": rate, "screen": screen, "tune": tune, "compare": compare}
+PHASES = {"rate": rate, "double": double, "screen": screen, "tune": tune, "compare": compare}
 
 
 @click.command()

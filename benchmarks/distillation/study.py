@@ -9,7 +9,6 @@ from fofa_deploy.config import DataPlan, DistillPlan, ModelPlan, TeacherPlan, Tr
 
 Settings = dict[str, Any]
 CNN_TAPS = ("stages.0", "stages.1", "stages.2")
-TEACHER_EPOCHS = 5
 
 
 @dataclass(frozen=True)
@@ -29,14 +28,28 @@ STUDENT_TAPS = {"cnn": CNN_TAPS, "vit": (), "mixer": ()}
 
 @dataclass(frozen=True)
 class Regime:
-    """How many training images a student sees, and for how long. Teachers always see all of them."""
+    """How many training images a student sees, and for how long. Teachers always see all of them.
+
+    Args:
+        settled: the regime whose tuned settings hold; None for one with tuning of its own. Learning rates are always its own.
+    """
 
     name: str
     limit: int | None
     epochs: int
+    teacher_epochs: int = 5
+    settled: str | None = None
 
 
-REGIMES = {regime.name: regime for regime in (Regime("small", 10_000, 24), Regime("full", None, 8))}
+REGIMES = {
+    regime.name: regime
+    for regime in (
+        Regime("small", 10_000, 24),
+        Regime("long", 10_000, 96, teacher_epochs=20, settled="small"),
+        Regime("full", None, 8),
+    )
+}
+"""A short budget, one that leaves students little to gain by more of it, and more images."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +103,12 @@ DEFAULTS = (
     {"method": "fofa+rsd+dist", "temperature": 2.0},
 )
 TEMPERATURES = tuple({"temperature": value} for value in (1.0, 2.0, 4.0))
-RATES = Method("alone", {"method": "none"}, tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)))
+ALONE = Method("alone", {"method": "none"})
+RATES = replace(ALONE, choices=tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)))
 """Tried first: whatever suits a student alone is the learning rate of every method that teaches it."""
 
 METHODS = (
-    Method("alone", {"method": "none"}, tuple({"label_smoothing": value} for value in (0.0, 0.05, 0.1))),
+    replace(ALONE, choices=tuple({"label_smoothing": value} for value in (0.0, 0.05, 0.1))),
     Method("KD", {"method": "kd", "balance": "fixed"}, TEMPERATURES),
     Method("DKD", {"method": "dkd", "balance": "fixed", "dkd_beta": 2.0}, TEMPERATURES),
     Method("DIST", {"method": "dist", "balance": "fixed"}, TEMPERATURES),
@@ -167,8 +181,8 @@ def data(root: str, limit: int | None) -> DataPlan:
     )  # fmt: skip
 
 
-def teacher(kind: str) -> TeacherPlan:
-    fit = TrainPlan(epochs=TEACHER_EPOCHS, batch_size=128, lr=2e-3, warmup_epochs=0.5, channels_last=True)
+def teacher(kind: str, epochs: int) -> TeacherPlan:
+    fit = TrainPlan(epochs=epochs, batch_size=128, lr=2e-3, warmup_epochs=0.5, channels_last=True)
     return TeacherPlan(model=f"models:{kind}_teacher", taps=TEACHER_TAPS[kind], floor_top1=0.85, fit=fit)
 
 
