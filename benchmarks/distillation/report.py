@@ -31,8 +31,8 @@ def write(lines: Sequence[dict]) -> None:
     ]
     for regime in study.REGIMES:
         parts += _settings([line for line in lines if line.get("regime") == regime], regime)
-        parts += _doubling(lines, regime)
         parts += _comparison(_latest(lines, "compare", regime, "test"), regime)
+        parts += _doubling(lines, regime)
         parts += _forgetting(lines, "compare", regime)
         parts += _screening(_latest(lines, "screen", regime, "validation"), regime)
         parts += _forgetting(lines, "screen", regime)
@@ -66,7 +66,7 @@ def _settings(lines: Sequence[dict], regime: str) -> list[str]:
     tried: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for line in lines:
         if line["phase"] == "rate":
-            tried["rate", f"{line['pair'].split()[-1]} alone", f"learning rate {line['plan']['lr']:g}"].append(line["validation"])
+            tried["rate", f"{_student(line)} alone", f"learning rate {line['plan']['lr']:g}"].append(line["validation"])
         elif line["phase"] == "tune":
             own = {name: value for name, value in line["plan"].items() if name in chosen[line["method"]]}
             tried["tune", line["method"], json.dumps(own)].append(line["validation"])
@@ -78,33 +78,38 @@ def _settings(lines: Sequence[dict], regime: str) -> list[str]:
         for (phase, who, setting), found in sorted(tried.items())
     ]
     head = ["| who | setting | validation accuracy, mean over pairs | pairs |", "|---|---|---|---|"]
-    return [f"## Settings tried on validation images, {_described(regime)}", "", *head, *rows, ""]
+    return [f"## Settings tried on validation images, {study.REGIMES[regime].described}", "", *head, *rows, ""]
+
+
+def _student(line: dict) -> str:
+    return str(line["pair"].split()[-1])
 
 
 def _doubling(lines: Iterable[dict], regime: str) -> list[str]:
-    """What twice the schedule is worth to each student alone."""
-    epochs = study.REGIMES[regime].epochs
-    found: dict[str, dict[int, dict[int, float]]] = defaultdict(lambda: {epochs: {}, 2 * epochs: {}})
-    for line in lines:
-        if line["phase"] == "double" and line["regime"] == regime and line["epochs"] in (epochs, 2 * epochs):
-            found[line["pair"].split()[-1]][line["epochs"]][line["seed"]] = line["validation"]
+    """What twice as many epochs are worth to each student alone."""
+    alone = study.METHODS[0].name
+    scores = _latest(lines, "compare", regime, "validation")
+    once, twice = scores[alone], scores[alone + study.TWICE]
     rows = []
-    for student, (once, twice) in sorted((student, scores.values()) for student, scores in found.items()):
-        if seeds := once.keys() & twice.keys():
-            means = [100 * mean(scores[seed] for seed in seeds) for scores in (once, twice)]
-            rows.append(f"| {student} | {means[0]:.2f} | {means[1]:.2f} | {means[1] - means[0]:+.2f} | {len(seeds)} |")
-    title = f"## What doubling the schedule is worth to a student alone, validation accuracy, {_described(regime)}"
-    head = [title, "", f"| student | {epochs} epochs | {2 * epochs} epochs | gain, points | seeds |", "|---|---|---|---|---|"]
+    for student, epochs in study.REGIMES[regime].epochs.items():
+        blocks = [block for block in once.keys() & twice.keys() if block[0].split()[-1] == student]
+        if blocks:
+            first, second = (100 * mean(found[block] for block in blocks) for found in (once, twice))
+            rows.append(f"| {student} | {epochs} | {first:.2f} | {second:.2f} | {second - first:+.2f} | {len(blocks)} |")
+    title = "### What twice as many epochs are worth to a student alone, validation accuracy"
+    head = [title, "", "| student | epochs | once | twice | gain, points | trainings |", "|---|---|---|---|---|---|"]
     return [*head, *rows, ""] if rows else []
 
 
 def _latest(lines: Iterable[dict], phase: str, regime: str, score: str) -> dict[str, dict[Block, float]]:
-    """method -> (pair, seed) -> accuracy, of the full schedule or of equal compute."""
+    """method -> (pair, seed) -> accuracy, of the full schedule or of a method's own."""
     longer = {method.name for method in study.LONGER}
     found: dict[str, dict[Block, float]] = defaultdict(dict)
     for line in lines:
-        full = line.get("method") in longer or line.get("epochs") == study.REGIMES[regime].epochs
-        if line["phase"] == phase and line["regime"] == regime and full:
+        if line["phase"] != phase or line["regime"] != regime:
+            continue
+        epochs = study.REGIMES[regime].epochs[_student(line)]
+        if line["epochs"] == epochs or (line["method"] in longer and line["epochs"] > epochs):
             found[line["method"]][line["pair"], line["seed"]] = line[score]
     return found
 
@@ -116,7 +121,7 @@ def _comparison(scores: dict[str, dict[Block, float]], regime: str) -> list[str]
     pairs = [pair.name for pair in study.PAIRS if any(pair.name == key[0] for found in scores.values() for key in found)]
     draw(scores, named, pairs, HERE / f"methods-{regime}.svg")
     return [
-        f"## Test accuracy, {_described(regime)}",
+        f"## Test accuracy, {study.REGIMES[regime].described}",
         "",
         f"![mean and standard deviation over seeds](methods-{regime}.svg)",
         "",
@@ -131,15 +136,10 @@ def _screening(scores: dict[str, dict[Block, float]], regime: str) -> list[str]:
     named = [method.name for method in study.FORMS if method.name in scores]
     pairs = [pair.name for pair in study.PAIRS if any(pair.name == key[0] for found in scores.values() for key in found)]
     return [
-        f"## Forms of feedback, validation accuracy, {_described(regime)}",
+        f"## Forms of feedback, validation accuracy, {study.REGIMES[regime].described}",
         "",
         *_table(scores, named, pairs, FORM_REFERENCE),
     ]
-
-
-def _described(regime: str) -> str:
-    limit, epochs = study.REGIMES[regime].limit, study.REGIMES[regime].epochs
-    return f"{limit:,} images, {epochs} epochs" if limit else f"all training images, {epochs} epochs"
 
 
 def _table(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[str], reference: str) -> list[str]:
@@ -231,6 +231,7 @@ def draw(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[st
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = path.stem  # the same picture from the same results
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(

@@ -1,7 +1,6 @@
 """Distillation methods compared: same students, schedules and augmentation, several seeds, test images read once.
 
 python benchmarks/distillation/run.py rate            # each student's learning rate, alone, on validation images
-python benchmarks/distillation/run.py double          # what twice the schedule is worth to a student alone, on validation images
 python benchmarks/distillation/run.py screen          # forms of feedback, on validation images
 python benchmarks/distillation/run.py tune            # each method's setting, on validation images
 python benchmarks/distillation/run.py compare         # the table, on test images
@@ -29,7 +28,7 @@ sys.path.insert(0, str(HERE))
 import study  # noqa: E402 - a neighbour of this file, as are the models that plans name
 
 from fofa_deploy.data import Data, load_data  # noqa: E402
-from fofa_deploy.distill.job import Workshop, read_curve, read_summary  # noqa: E402
+from fofa_deploy.distill.job import Taught, Workshop, read_curve, read_summary  # noqa: E402
 from fofa_deploy.progress import Progress, Quiet, Terminal  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
@@ -92,13 +91,16 @@ class Room:
             _record({"phase": "teacher", "teacher": kind, "epochs": epochs, **_scores(out, final=True)})
         return out
 
+    def _taught_by(self, training: Training) -> Taught:
+        kind, epochs = training.pair.teacher, training.regime.teacher_epochs
+        return study.teacher(kind, epochs), self.teacher(kind, epochs)
+
     def train(self, training: Training) -> None:
         final = training.phase == "compare"
         workshop = self.workshop(training.regime.limit, training.seed, final)
         plan = study.plan(training.settings, training.epochs)
-        taught = training.pair.teacher, training.regime.teacher_epochs
-        taught_by = study.teacher(*taught), self.teacher(*taught)
         shelf = _shelf(self.work, training.key)
+        taught_by = self._taught_by(training) if plan.terms else None
         workshop.distill(study.student(training.pair.student), plan, shelf, taught_by)
         _record({**training.key, **_scores(shelf, final)})
 
@@ -146,72 +148,75 @@ def _is_done(training: Training, lines: list[dict]) -> bool:
 # --- phases ---------------------------------------------------------------------------------------------------
 
 
-def rate(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
+def rate(regime: study.Regime, seeds: int) -> Iterator[Training]:
     """Every learning rate, once per student, on half the schedule."""
+    _refuse_settled(regime)
     for student in sorted({pair.student for pair in study.PAIRS}):
         pair = next(pair for pair in study.PAIRS if pair.student == student)
         for choice in range(len(study.RATES.choices)):
-            yield Training("rate", regime, pair, study.RATES, choice, TUNING_SEED, max(1, epochs // 2))
+            yield Training("rate", regime, pair, study.RATES, choice, TUNING_SEED, max(1, regime.epochs[student] // 2))
 
 
-def double(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
-    """Every student alone, for the schedule and for twice as long."""
-    rates = _rates(regime)
-    for seed, student in product(range(TUNING_SEED, TUNING_SEED + seeds), sorted(rates)):
-        pair = next(pair for pair in study.PAIRS if pair.student == student)
-        for length in (epochs, 2 * epochs):
-            yield Training("double", regime, pair, study.ALONE, 0, seed, length, rates[student])
+def _refuse_settled(regime: study.Regime) -> None:
+    if regime.settled:
+        raise click.ClickException(f"regime {regime.name!r} takes the settings of {regime.settled!r}: run this phase for that one")
 
 
-def screen(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
+def screen(regime: study.Regime, seeds: int) -> Iterator[Training]:
     """Every form of feedback."""
     rates = _rates(regime)
     for seed in range(SCREENING_SEED, SCREENING_SEED + seeds):
         for pair, form in product(study.SCREENED, study.FORMS):
-            yield Training("screen", regime, pair, form, 0, seed, epochs, rates[pair.student])
+            yield Training("screen", regime, pair, form, 0, seed, regime.epochs[pair.student], rates[pair.student])
 
 
-def tune(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
+def tune(regime: study.Regime, seeds: int) -> Iterator[Training]:
     """Every setting of every method, once per pair, on a quarter of the schedule."""
-    if regime.settled:
-        raise click.ClickException(f"regime {regime.name!r} takes the settings of {regime.settled!r}: tune that one")
+    _refuse_settled(regime)
     rates = _rates(regime)
     for pair in study.PAIRS:
+        epochs, rate = max(1, regime.epochs[pair.student] // 4), rates[pair.student]
         for method in (*study.METHODS, *study.TRIED):
             for choice in range(len(method.choices) if len(method.choices) > 1 else 0):
-                yield Training("tune", regime, pair, method, choice, TUNING_SEED, max(1, epochs // 4), rates[pair.student])
+                yield Training("tune", regime, pair, method, choice, TUNING_SEED, epochs, rate)
 
 
-def compare(regime: study.Regime, seeds: int, epochs: int) -> Iterator[Training]:
+def compare(regime: study.Regime, seeds: int) -> Iterator[Training]:
     """Every method at its tuned setting, then ablations and equal compute; seeds outermost, so that what is there is comparable."""
     lines, rates = recorded(), _rates(regime)
     for methods, seed in product((study.METHODS, (*study.LONGER, *study.ABLATIONS)), range(seeds)):
         for pair, method in product(study.PAIRS, methods):
-            length = _equal_compute(method, regime, pair, epochs, seeds) if method.longer else epochs
-            if length is not None:
+            epochs = _epochs(method, regime, pair, seeds)
+            if epochs is not None:
                 choice = _tuned(method, regime, lines)
-                yield Training("compare", regime, pair, method, choice, seed, length, rates[pair.student])
+                yield Training("compare", regime, pair, method, choice, seed, epochs, rates[pair.student])
 
 
-def _equal_compute(method: study.Method, regime: study.Regime, pair: study.Pair, epochs: int, seeds: int) -> int | None:
-    """Epochs that take the method as long as the default plan; None until both have all their seeds.
+def _epochs(method: study.Method, regime: study.Regime, pair: study.Pair, seeds: int) -> int | None:
+    """By the method's length; None for equal compute until it and the default plan have all their seeds."""
+    epochs = regime.epochs[pair.student]
+    if method.length == study.EQUAL:
+        factor = _compute(method, regime, pair, seeds)
+        return None if factor is None else round(epochs * max(1.0, factor))
+    return 2 * epochs if method.length == study.TWICE else epochs
 
-    Of each the shortest training counts: the others were disturbed.
-    """
+
+def _compute(method: study.Method, regime: study.Regime, pair: study.Pair, seeds: int) -> float | None:
+    """How many times the method's time the default plan takes. Of each the shortest training counts: the others were disturbed."""
     seconds: dict[str, list[float]] = defaultdict(list)
     for line in recorded():
         if line["phase"] == "compare" and (line["regime"], line["pair"]) == (regime.name, pair.name):
             seconds[line["method"]].append(line["seconds"])
-    if min(len(seconds[method.tuned_as]), len(seconds[study.DEFAULT])) < seeds:
-        return None
-    return round(epochs * max(1.0, min(seconds[study.DEFAULT]) / min(seconds[method.tuned_as])))
+    ours, theirs = seconds[study.DEFAULT], seconds[method.tuned_as]
+    return min(ours) / min(theirs) if min(len(ours), len(theirs)) >= seeds else None
 
 
 def _rates(regime: study.Regime) -> dict[str, float]:
     """student -> the learning rate with which it validated best when trained alone."""
+    name = regime.settled or regime.name
     best: dict[str, tuple[float, float]] = {}
     for line in recorded():
-        if (line["phase"], line.get("regime")) == ("rate", regime.name):
+        if (line["phase"], line.get("regime")) == ("rate", name):
             student = line["pair"].split()[-1]
             best[student] = max(best.get(student, (0.0, 0.0)), (line["validation"], line["plan"]["lr"]))
     if missing := {pair.student for pair in study.PAIRS} - best.keys():
@@ -240,7 +245,7 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
     return means.index(max(means))
 
 
-PHASES = {"rate": rate, "double": double, "screen": screen, "tune": tune, "compare": compare}
+PHASES = {"rate": rate, "screen": screen, "tune": tune, "compare": compare}
 
 
 @click.command()
@@ -262,9 +267,9 @@ def main(
     import report
 
     if phase != "report":
-        chosen = study.REGIMES[regime]
+        chosen = study.REGIMES[regime].of(QUICK_EPOCHS) if quick else study.REGIMES[regime]
         room = Room(root, work.absolute(), threads, Quiet() if quiet else Terminal())
-        for training in PHASES[phase](chosen, 1 if quick else seeds, QUICK_EPOCHS if quick else chosen.epochs):
+        for training in PHASES[phase](chosen, 1 if quick else seeds):
             named = (only or "") in training.method.name and (pair_name or "") in training.pair.name
             if named and not _is_done(training, recorded()):
                 room.train(training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,28 +29,39 @@ STUDENT_TAPS = {"cnn": CNN_TAPS, "vit": (), "mixer": ()}
 
 @dataclass(frozen=True)
 class Regime:
-    """How many training images a student sees, and for how long. Teachers always see all of them.
+    """How many training images a student sees, and how often. Teachers always see all of them.
 
     Args:
-        settled: the regime whose tuned settings hold; None for one with tuning of its own. Learning rates are always its own.
+        epochs: of each student.
+        settled: the regime whose learning rates and tuned settings hold; None for one with its own.
     """
 
     name: str
     limit: int | None
-    epochs: int
+    epochs: Mapping[str, int]
     teacher_epochs: int = 5
     settled: str | None = None
 
+    def of(self, epochs: int) -> Regime:
+        """The same with another number of epochs, one for all."""
+        return replace(self, epochs=dict.fromkeys(self.epochs, epochs))
 
-REGIMES = {
-    regime.name: regime
-    for regime in (
-        Regime("small", 10_000, 24),
-        Regime("long", 10_000, 96, teacher_epochs=20, settled="small"),
-        Regime("full", None, 8),
-    )
-}
-"""A short budget, one that leaves students little to gain by more of it, and more images."""
+    @property
+    def described(self) -> str:
+        """For titles."""
+        images = f"{self.limit:,} images" if self.limit else "all training images"
+        if len(set(self.epochs.values())) == 1:
+            return f"{images}, {min(self.epochs.values())} epochs"
+        return f"{images}, epochs: {', '.join(f'{student} {epochs}' for student, epochs in self.epochs.items())}"
+
+
+_REGIMES = (
+    Regime("small", 10_000, {"cnn": 24, "vit": 24, "mixer": 24}),
+    Regime("long", 10_000, {"cnn": 64, "vit": 192, "mixer": 192}, teacher_epochs=20, settled="small"),
+    Regime("full", None, {"cnn": 8, "vit": 8, "mixer": 8}),
+)
+REGIMES = {regime.name: regime for regime in _REGIMES}
+"""A short budget, one with which twice as many epochs bring a student little more, and more images."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +71,19 @@ class Method:
     name: str
     plan: Settings
     choices: tuple[Settings, ...] = field(default=({},))
-    longer: bool = False
-    """Trained for as many seconds as the default plan, not for as many steps."""
+    length: str = ""
+    """The schedule; or ``TWICE`` as many epochs; or ``EQUAL``: for as many seconds as the default plan, not for as many steps."""
 
     @property
     def tuned_as(self) -> str:
-        return self.name.removesuffix(EQUAL)
+        return self.name.removesuffix(self.length)
+
+    def of(self, length: str) -> Method:
+        return replace(self, name=f"{self.name}{length}", length=length)
 
 
-DEFAULT, UNPROMPTED, EQUAL = "FOFA (default)", "FOFA without prompts", ", equal compute"
+DEFAULT, UNPROMPTED = "FOFA (default)", "FOFA without prompts"
+TWICE, EQUAL = ", twice the epochs", ", equal compute"
 
 OFTEN, SELDOM = 20, 40
 """Steps from one measurement of the balance to the next; the default's has become the second."""
@@ -128,9 +144,7 @@ TRIED = (
 )
 """Tuned for the record: less teacher is worse, more within noise. The weights stay 1."""
 
-LONGER = tuple(
-    replace(method, name=f"{method.name}{EQUAL}", longer=True) for method in METHODS if method.name in ("alone", "KD", "RSD")
-)
+LONGER = (METHODS[0].of(TWICE), *(method.of(EQUAL) for method in METHODS if method.name in ("alone", "KD", "RSD")))
 """At their tuned settings. What they gain by it is what a dearer method has to be worth."""
 
 FORMS = (
