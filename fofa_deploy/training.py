@@ -80,6 +80,12 @@ class TrainPlan(Frozen):
     workers: NonNegativeInt = Field(default=0, description="data loader processes, per training process")
     checkpoint_seconds: PositiveFloat = Field(default=60.0, description="longest time that a kill can cost")
 
+    @model_validator(mode="after")
+    def _warm(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must not exceed epochs ({self.epochs})")
+        return self
+
     def decisive(self) -> dict[str, Any]:
         """The fields that decide a result, and so a stage's key."""
         return self.model_dump(exclude={"shard_teacher", "trackers", "workers", "checkpoint_seconds"})

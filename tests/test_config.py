@@ -102,6 +102,8 @@ def test_a_number_too_long_to_read_is_a_mistake(tmp_path):
         (("distill.method=kd", "teacher.model=timm:resnet18"), "neither weights nor a [teacher.fit] table"),
         (("distill.method=fofo",), "unknown method 'fofo'"),
         (("distill.fofa.regions=5",), "regions must be a square number"),
+        (("distill.epochs=2", "distill.warmup_epochs=2.5"), "warmup_epochs (2.5) must not exceed epochs (2)"),
+        (("distill.fofa.emphasis_power=1.5",), "distill.fofa.emphasis_power"),
         (("distill.fofa.heads=7",), "must be a multiple of heads (7)"),
         (("distill.fofa.stages=2", "distill.fofa.prompted_stages=[3]"), "prompted_stages must lie between 1 and stages (2)"),
         (("distill.fofa.prompted_stages=[0]",), "prompted_stages must lie between 1 and stages (4), or count back from -1"),
