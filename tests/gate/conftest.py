@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from fofa_deploy.backend import float_recipe, get_backend
+from fofa_deploy.backend import get_backend
 from fofa_deploy.config import load_plan
 from fofa_deploy.pipeline import compress_and_export
-from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.types import Artifact, Graph
 
@@ -78,10 +79,23 @@ def copy(baseline_run, tmp_path) -> Path:
     return Path(shutil.copytree(baseline_run, tmp_path / "candidate"))
 
 
+@contextmanager
+def edited(run: Path) -> Iterator[tuple[dict, dict]]:
+    """The run's report and its row of the chosen recipe, whichever that is on this machine, to be changed in place."""
+    path = run / "report.json"
+    report = json.loads(path.read_text())
+    yield report, chosen_row(report)
+    path.write_text(json.dumps(report))
+
+
+def chosen_row(report: dict) -> dict:
+    (row,) = (row for row in report["targets"] if row["chosen"])
+    return row
+
+
 def chosen(run: Path) -> Path:
     """The folder of the run's chosen artifact."""
-    (row,) = (row for row in json.loads((run / "report.json").read_text())["targets"] if row["chosen"])
-    return run / row["artifact"]
+    return run / chosen_row(json.loads((run / "report.json").read_text()))["artifact"]
 
 
 def slow_down(run: Path) -> None:
@@ -103,11 +117,9 @@ def slow_down(run: Path) -> None:
         model.graph.node.insert(0, node)
     onnx.save(model, scratch / "model.onnx")
     before = Artifact.load(chosen(run))
-    backend, profile = get_backend("onnxruntime"), find_profile(load_plan(str(run / "plan.json")).targets[0])
-    graph = Graph.load(scratch)
     shutil.rmtree(before.folder)
     before.folder.mkdir()
-    built = backend.build(graph, float_recipe(backend, profile, graph), None, before.folder)
+    built = get_backend("onnxruntime").build(Graph.load(scratch), before.recipe, None, before.folder)
     record(run, built.sha256)
 
 
@@ -121,15 +133,11 @@ def spoil_preprocessing(run: Path) -> None:
 
 def lose_target(run: Path) -> None:
     """As if the only recipe had failed."""
-    path = run / "report.json"
-    report = json.loads(path.read_text())
-    report["targets"][0] |= {"chosen": False, "status": "failed", "reason": "it broke"}
-    path.write_text(json.dumps(report))
+    with edited(run) as (_, row):
+        row |= {"chosen": False, "status": "failed", "reason": "it broke"}
 
 
 def record(run: Path, sha256: str) -> None:
     """What the run itself would have reported of another artifact."""
-    path = run / "report.json"
-    report = json.loads(path.read_text())
-    report["targets"][0]["sha256"] = sha256
-    path.write_text(json.dumps(report))
+    with edited(run) as (_, row):
+        row["sha256"] = sha256

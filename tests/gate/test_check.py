@@ -21,7 +21,7 @@ from fofa_deploy.pipeline import compress_and_export
 from fofa_deploy.progress import Quiet
 from fofa_deploy.types import Artifact
 
-from .conftest import chosen, lose_target, slow_down, spoil_preprocessing
+from .conftest import chosen, edited, lose_target, slow_down, spoil_preprocessing
 
 
 def found(report: GateReport, metric: str):
@@ -123,11 +123,10 @@ def test_a_baseline_is_written_once_and_judges_later_runs(copy, baseline_run, tm
 def foreign(baseline_run, tmp_path) -> Path:
     """The run, as another machine would have recorded it."""
     run = Path(shutil.copytree(baseline_run, tmp_path / "foreign"))
-    report = json.loads((run / "report.json").read_text())
-    for environment in (report["environment"], report["targets"][0]["environment"]):
-        environment |= {"fingerprint": "0" * 64, "cpu": "Another CPU"}
-        environment["versions"]["onnxruntime"] = "1.0"
-    (run / "report.json").write_text(json.dumps(report))
+    with edited(run) as (report, row):
+        for environment in (report["environment"], row["environment"]):
+            environment |= {"fingerprint": "0" * 64, "cpu": "Another CPU"}
+            environment["versions"]["onnxruntime"] = "1.0"
     return run
 
 
