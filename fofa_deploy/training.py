@@ -173,6 +173,9 @@ class DistillPlan(TrainPlan):
     balance: Literal["gradient", "fixed"] = Field(
         default="gradient", description="terms scaled to equal gradients at the student, before their weights; or weights alone"
     )
+    features_until: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        default=0.5, description="share of the epochs in which fofa, rsd and fitnet teach; predictions teach to the end"
+    )
     balance_every: PositiveInt = Field(default=40, description="steps from one measurement of the gradients to the next")
     temperature: PositiveFloat = Field(default=1.0, description="of kd, dkd and dist")
     dkd_beta: NonNegativeFloat = Field(default=8.0, description="weight of DKD's non-target part; the target part has 1")

@@ -34,8 +34,12 @@ def write(lines: Sequence[dict]) -> None:
         parts += _comparison(_latest(lines, "compare", regime, "test"), regime)
         parts += _doubling(lines, regime)
         parts += _forgetting(lines, "compare", regime)
-        parts += _screening(_latest(lines, "screen", regime, "validation"), regime)
+        described = study.REGIMES[regime].described
+        title = f"## Forms of feedback, validation accuracy, {described}"
+        parts += _screening(title, _latest(lines, "screen", regime, "validation"), study.FORMS, FORM_REFERENCE)
         parts += _forgetting(lines, "screen", regime)
+        title = f"## How long features teach, validation accuracy, {described}"
+        parts += _screening(title, _latest(lines, "end", regime, "validation"), study.ENDS, study.ENDS[-1].name)
     (HERE / "README.md").write_text("\n".join(parts).rstrip() + "\n")
 
 
@@ -130,16 +134,12 @@ def _comparison(scores: dict[str, dict[Block, float]], regime: str) -> list[str]
     ]
 
 
-def _screening(scores: dict[str, dict[Block, float]], regime: str) -> list[str]:
+def _screening(title: str, scores: dict[str, dict[Block, float]], forms: Sequence[study.Method], reference: str) -> list[str]:
     if not scores:
         return []
-    named = [method.name for method in study.FORMS if method.name in scores]
+    named = [method.name for method in forms if method.name in scores]
     pairs = [pair.name for pair in study.PAIRS if any(pair.name == key[0] for found in scores.values() for key in found)]
-    return [
-        f"## Forms of feedback, validation accuracy, {study.REGIMES[regime].described}",
-        "",
-        *_table(scores, named, pairs, FORM_REFERENCE),
-    ]
+    return [title, "", *_table(scores, named, pairs, reference)]
 
 
 def _table(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[str], reference: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 python benchmarks/distillation/run.py rate            # each student's learning rate, alone, on validation images
 python benchmarks/distillation/run.py screen          # forms of feedback, on validation images
+python benchmarks/distillation/run.py end             # how long features teach, on validation images
 python benchmarks/distillation/run.py tune            # each method's setting, on validation images
 python benchmarks/distillation/run.py compare         # the table, on test images
 python benchmarks/distillation/run.py report          # README.md and picture from what is recorded
@@ -15,7 +16,7 @@ import dataclasses
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -32,7 +33,7 @@ from fofa_deploy.distill.job import Taught, Workshop, read_curve, read_summary  
 from fofa_deploy.progress import Progress, Quiet, Terminal  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
-DATA_SEED, TEACHER_SEED, TUNING_SEED, SCREENING_SEED = 0, 0, 900, 800
+DATA_SEED, TEACHER_SEED, TUNING_SEED, SCREENING_SEED, ENDING_SEED = 0, 0, 900, 800, 700
 QUICK_EPOCHS = 4
 
 
@@ -164,10 +165,18 @@ def _refuse_settled(regime: study.Regime) -> None:
 
 def screen(regime: study.Regime, seeds: int) -> Iterator[Training]:
     """Every form of feedback."""
+    return _tried("screen", regime, product(range(SCREENING_SEED, SCREENING_SEED + seeds), study.SCREENED, study.FORMS))
+
+
+def end(regime: study.Regime, seeds: int) -> Iterator[Training]:
+    """Every share of the epochs in which features may teach."""
+    return _tried("end", regime, product(range(ENDING_SEED, ENDING_SEED + seeds), study.PAIRS, study.ENDS))
+
+
+def _tried(phase: str, regime: study.Regime, which: Iterable[tuple[int, study.Pair, study.Method]]) -> Iterator[Training]:
     rates = _rates(regime)
-    for seed in range(SCREENING_SEED, SCREENING_SEED + seeds):
-        for pair, form in product(study.SCREENED, study.FORMS):
-            yield Training("screen", regime, pair, form, 0, seed, regime.epochs[pair.student], rates[pair.student])
+    for seed, pair, form in which:
+        yield Training(phase, regime, pair, form, 0, seed, regime.epochs[pair.student], rates[pair.student])
 
 
 def tune(regime: study.Regime, seeds: int) -> Iterator[Training]:
@@ -245,7 +254,7 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
     return means.index(max(means))
 
 
-PHASES = {"rate": rate, "screen": screen, "tune": tune, "compare": compare}
+PHASES = {"rate": rate, "screen": screen, "end": end, "tune": tune, "compare": compare}
 
 
 @click.command()

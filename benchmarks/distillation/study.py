@@ -82,11 +82,13 @@ class Method:
         return replace(self, name=f"{self.name}{length}", length=length)
 
 
-DEFAULT, UNPROMPTED = "FOFA (default)", "FOFA without prompts"
+DEFAULT, UNPROMPTED, TO_THE_END = "FOFA (default)", "FOFA without prompts", "FOFA, features to the end"
 TWICE, EQUAL = ", twice the epochs", ", equal compute"
 
 OFTEN, SELDOM = 20, 40
 """Steps from one measurement of the balance to the next; the default's has become the second."""
+THROUGHOUT = {"features_until": 1.0}
+"""As every method was published: features teach to the last epoch."""
 FOFA = {"width": 64, "heads": 4, "stages": 4, "prompted_stages": []}
 FAITHFUL = {"feedback": True, "prompt_share": 1.0}
 ALL = {**FAITHFUL, "prompted_stages": [1, 2, 3, 4]}
@@ -104,13 +106,14 @@ def _fofa(name: str, **settings: Any) -> Method:  # noqa: ANN401 - fields of a p
     fofa = {**FOFA, **settings.pop("fofa", {})}
     if fofa["prompted_stages"]:
         settings["weights"] = {"regularizer": 1.0, **settings.get("weights", {})}
-    return Method(name, {"method": "fofa+rsd+dist", "balance_every": OFTEN, "fofa": fofa, **settings})
+    return Method(name, {"method": "fofa+rsd+dist", "balance_every": OFTEN, **THROUGHOUT, "fofa": fofa, **settings})
 
 
 def _default(name: str, **settings: Any) -> Method:  # noqa: ANN401 - fields of a plan
     """A form of the default plan, which with these networks, whose last of three stages is the third, comes to this."""
     fofa = {**BLIND, **settings.pop("fofa", {})}
-    return _fofa(name, **{"fofa": fofa, "balance_every": SELDOM, "weights": {"regularizer": 8.0}, **settings})
+    usual = {"balance_every": SELDOM, "features_until": 0.5, "weights": {"regularizer": 8.0}}
+    return _fofa(name, **{"fofa": fofa, **usual, **settings})
 
 
 DEFAULTS = (
@@ -128,9 +131,9 @@ METHODS = (
     Method("KD", {"method": "kd", "balance": "fixed"}, TEMPERATURES),
     Method("DKD", {"method": "dkd", "balance": "fixed", "dkd_beta": 2.0}, TEMPERATURES),
     Method("DIST", {"method": "dist", "balance": "fixed"}, TEMPERATURES),
-    Method("FitNet", {"method": "fitnet", "balance": "fixed"}, _weights("fitnet", 0.1, 1.0, 10.0)),
+    Method("FitNet", {"method": "fitnet", "balance": "fixed", **THROUGHOUT}, _weights("fitnet", 0.1, 1.0, 10.0)),
     Method("OFA", {"method": "ofa", "balance": "fixed"}, tuple({"ofa_gamma": value} for value in (1.0, 1.5, 2.0))),
-    Method("RSD", {"method": "rsd", "balance": "fixed"}, _weights("rsd", 0.5, 1.0, 2.0)),
+    Method("RSD", {"method": "rsd", "balance": "fixed", **THROUGHOUT}, _weights("rsd", 0.5, 1.0, 2.0)),
     replace(_fofa(UNPROMPTED), choices=DEFAULTS),
     _default(DEFAULT),
 )
@@ -162,8 +165,8 @@ FORMS = (
     _fofa("late prompt without the gap, gamma = 4", fofa=BLIND, weights={"regularizer": 4.0}),
     _fofa("late prompt without the gap, on half of the batch", fofa=HALF),
     _fofa("no feedback, balance measured half as often", balance_every=SELDOM),
-    _default("late prompt without the gap, gamma = 4, balance half as often", weights={"regularizer": 4.0}),
-    _default("late prompt without the gap, gamma = 8, balance half as often"),
+    _default("late prompt without the gap, gamma = 4, balance half as often", **THROUGHOUT, weights={"regularizer": 4.0}),
+    _default("late prompt without the gap, gamma = 8, balance half as often", **THROUGHOUT),
     _fofa("late prompt without the gap, with an anchor", fofa=BLIND, weights={"anchor": 1.0}),
     _fofa("late prompt without the gap, with the labels' loss", fofa=BLIND, weights={"supervision": 1.0}),
     _fofa("side prompts", fofa={**ALL, "path": "side"}),
@@ -175,13 +178,18 @@ FORMS = (
 SCREENED = (PAIRS[0], PAIRS[2])
 """The pairs whose students gained most by the default plan when it was tuned."""
 
+ENDS = tuple(_default(f"features until {share:g}", features_until=share) for share in (0.5, 0.75, 1.0))
+"""How long features teach, screened on validation images and on all pairs."""
+
 ABLATIONS = (
+    _default(TO_THE_END, **THROUGHOUT),
     _fofa("FOFA, gamma = 1, balance twice as often", fofa=BLIND),
+    _default("FOFA without prompts, features in the first half", fofa={"prompted_stages": []}),
     _default("FOFA without attention", fofa={"attention": False}),
     _default("FOFA without standardized targets", fofa={"standardize": False}),
     _default("FOFA without RSD", method="fofa+dist"),
     _default("FOFA with KD for DIST", method="fofa+rsd"),
-    Method("FOFA without features", {"method": "rsd+dist"}),
+    Method("FOFA without features", {"method": "rsd+dist", "features_until": 0.5}),
     _default("FOFA with fixed weights", balance="fixed"),
 )
 

@@ -41,7 +41,7 @@ class GradientBalance(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, terms: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> dict[str, Tensor]:
-        """Named scalar losses -> a factor (no gradient) for each of the balanced ones."""
+        """Named scalar losses -> a factor (no gradient) for each of the balanced ones; those that teach no more may be missing."""
         if self.training and torch.is_grad_enabled():
             if int(self.steps) % self._interval == 0:
                 self._measure(terms, [parameter for parameter in parameters if parameter.requires_grad])
@@ -51,7 +51,8 @@ class GradientBalance(nn.Module):
         return dict(zip(self._names[1:], torch.where(known, scales, torch.ones_like(scales)), strict=True))
 
     def _measure(self, terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
-        found = torch.stack([_gradient_norm(terms[name], parameters) for name in self._names])
+        known = zip(self._names, self.norms, strict=True)
+        found = torch.stack([_gradient_norm(terms[name], parameters) if name in terms else norm for name, norm in known])
         if found.isfinite().all():
             memory = self._memory if int(self.steps) else 0.0
             self.norms.clamp_(max=_SURPRISE * found).lerp_(found, 1 - memory)

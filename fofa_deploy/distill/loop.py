@@ -136,7 +136,7 @@ class Trainer:
         return tuple(self._curve)
 
     def _run_epoch(self, task: Task, interrupted: threading.Event) -> None:
-        self._objective.train()
+        self._objective.train().progress = len(self._curve) / self._plan.epochs
         started = saved = time.monotonic()
         elapsed_before = self._seconds
         for batch in self._batches():

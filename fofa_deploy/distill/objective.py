@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fofa_deploy.config import DistillPlan
+from fofa_deploy.config import FEATURE_TERMS, DistillPlan
 from fofa_deploy.distill.balance import GradientBalance
 from fofa_deploy.distill.fofa import FeatureBranch
 from fofa_deploy.distill.lesson import Lesson, Term
@@ -35,6 +35,8 @@ class Losses(NamedTuple):
 class Objective(nn.Module):
     """The student and all that is trained with it; the teacher is held frozen, in eval mode, outside parameters and state.
 
+    Features teach while ``progress``, the share of the training that is done, is below the plan's ``features_until``.
+
     Args:
         teacher: None for method ``none``.
 
@@ -54,6 +56,7 @@ class Objective(nn.Module):
             GradientBalance(plan.terms, plan.balance_every, plan.accumulate) if plan.balance == "gradient" and self.terms else None
         )
         self._prefix: Prefix | None = None
+        self.progress = 0.0
 
     @property
     def teacher(self) -> TappedModel | None:
@@ -75,11 +78,15 @@ class Objective(nn.Module):
         terms = {"ce": functional.cross_entropy(student.logits.float(), labels, label_smoothing=self.plan.label_smoothing)}
         if self.terms:
             lesson = self._lesson(images if shown is None else shown, labels, student)
-            for term in self.terms.values():
-                terms |= term(lesson)
+            for name, term in self.terms.items():
+                if self._teaches(name):
+                    terms |= term(lesson)
         scales = self.balance(terms, self.student.parameters()) if self.balance is not None else {}
         weighted = [getattr(self.plan.weights, name) * scales.get(name, 1.0) * term for name, term in terms.items()]
         return Losses(torch.stack(weighted).sum(), {name: term.detach() for name, term in terms.items()}, student.logits.detach())
+
+    def _teaches(self, term: str) -> bool:
+        return term not in FEATURE_TERMS or self.progress < self.plan.features_until
 
     def _lesson(self, shown: Tensor, labels: Tensor, student: Features) -> Lesson:
         with torch.no_grad(), self._recording(shown):
@@ -89,7 +96,8 @@ class Objective(nn.Module):
     def _recording(self, images: Tensor) -> AbstractContextManager[None]:
         """Keep of the plain pass what the prompted pass shares with it, where there will be one."""
         branch = self._branch
-        if branch is None or branch.first_prompt is None or not branch.due:
+        over = self.training and not self._teaches("fofa")
+        if branch is None or branch.first_prompt is None or not branch.due or over:
             return nullcontext()
         if self._prefix is None:
             self._prefix = Prefix(self._frozen[0], branch.first_prompt, images[:1], self._whole)

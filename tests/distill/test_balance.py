@@ -63,6 +63,17 @@ def test_a_term_without_gradient_changes_nothing():
     assert float(scales["silent"]) == 1.0
 
 
+def test_a_term_that_teaches_no_more_leaves_the_others_balanced():
+    weight = torch.nn.Parameter(torch.ones(3))
+    balance = GradientBalance(["early", "late"], EVERY).train()
+    for _ in range(EVERY):
+        balance({"ce": weight.sum(), "early": weight.sum() / 4, "late": weight.sum() / 2}, [weight])
+    for _ in range(200 * EVERY):
+        scales = balance({"ce": weight.sum(), "late": weight.sum() / 8}, [weight])
+    assert float(scales["late"]) == pytest.approx(8, rel=1e-2)
+    assert float(scales["early"]) == pytest.approx(4)
+
+
 def test_fixed_weights_remain_possible(objective, batch):
     fixed, balanced = (objective(method="rsd", balance=how).train() for how in ("fixed", "gradient"))
     assert fixed.balance is None

@@ -85,6 +85,7 @@ def test_a_run_leaves_weights_a_curve_and_the_teachers_diagnostics(uninterrupted
     curve = read_curve(uninterrupted)
     assert [epoch.epoch for epoch in curve] == [1, 2]
     assert set(curve[0].losses) == {"ce", "kd", "fofa", "regularizer", "rsd"}
+    assert set(curve[1].losses) == {"ce", "kd"}  # features teach in the first half
     assert set(curve[0].diagnostics) == {"teacher_top1", "prompted_top1", "drift_nats"}
     assert read_summary(uninterrupted).top1_validation == max(epoch.top1 for epoch in curve)
 
@@ -103,12 +104,12 @@ def _interrupt_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(Trainer, "_train_step", counted)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_checkpoints_and_the_resumed_run_is_bit_identical(tmp_path, teacher, uninterrupted, monkeypatch, workers):
+@pytest.mark.parametrize(("workers", "steps"), [(0, 2), (0, 4), (2, 4)], ids=["features", "predictions", "workers"])
+def test_ctrl_c_checkpoints_and_the_resumed_run_is_bit_identical(tmp_path, teacher, uninterrupted, monkeypatch, workers, steps):
     plan = small_plan(f"distill.workers={workers}")
     with monkeypatch.context() as patch:
-        _interrupt_after(patch, 4)
-        with pytest.raises(InterruptedRunError, match="step 4"):
+        _interrupt_after(patch, steps)
+        with pytest.raises(InterruptedRunError, match=f"step {steps}"):
             distilled(plan, tmp_path / "student", teacher)
     assert distilled(plan, tmp_path / "student", teacher) == digest_file(uninterrupted / WEIGHTS)
     strip = [epoch.model_copy(update={"seconds": 0.0}) for epoch in read_curve(tmp_path / "student")]

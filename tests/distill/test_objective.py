@@ -258,6 +258,24 @@ def test_prompts_only_where_asked_for(objective, batch):
     assert all(p.fuse is None for p in objective(fofa={"feedback": False}).terms["fofa"].prompts.values())
 
 
+def test_features_teach_in_the_first_part_of_a_training_and_predictions_to_the_end(objective, batch):
+    made = objective(method="fofa+rsd+dist", balance="gradient", features_until=0.5).train()
+    made.progress = 0.49
+    assert set(made(*batch()).terms) == {"ce", "dist", "fofa", "regularizer", "rsd"}
+    runs = []
+    made.teacher.model.register_forward_hook(lambda *_: runs.append(1))
+    made.progress = 0.5
+    losses = made(*batch())
+    assert set(losses.terms) == {"ce", "dist"}
+    assert len(runs) == 1  # no prompted pass
+    losses.total.backward()
+    assert all(parameter.grad is None for parameter in made.terms.parameters())
+    assert any(parameter.grad is not None for parameter in made.student.parameters())
+    assert made.diagnostics(*batch())["samples"] == 4  # the prompted teacher is still there to be looked at
+    made.plan = made.plan.model_copy(update={"features_until": 1.0})
+    assert "fofa" in made(*batch()).terms
+
+
 def test_models_with_other_numbers_of_stages_are_paired(objective):
     made = objective("mobilevit", "levit")
     assert (made.terms["fofa"].student_stages, made.terms["fofa"].teacher_stages) == ([1, 2, 3], [0, 1, 2])
