@@ -40,8 +40,7 @@ def accuracy_problem(precision: Precision, found: Verification, budget: Accuracy
         return "gives NaN or infinity"
     limit, error = FLOAT_TOLERANCE.get(precision), found.golden.relative_error
     if limit is not None and not (error is not None and error <= limit):
-        found_error = "unknown" if error is None else format(error, ".2g")
-        return f"relative error {found_error} on the golden inputs, {limit:g} is allowed for {precision}"
+        return f"{found.golden.told_error} on the golden inputs, {limit:g} is allowed for {precision}"
     if found.whole is None:
         return _agreement_problem(found.golden, budget)
     if found.whole.top1 is None or found.expected_top1 is None:
@@ -58,7 +57,7 @@ def elsewhere_problem(precision: Precision, there: Comparison, here: Comparison 
         return accuracy_problem(precision, Verification(golden=there), budget)
     limit = ELSEWHERE * here.relative_error + FLOAT_TOLERANCE[Precision.FP32]
     if not (there.relative_error is not None and there.relative_error <= limit):
-        return f"relative error {there.relative_error} on the golden inputs there, {here.relative_error:.2g} here"
+        return f"{there.told_error} on the golden inputs there, {here.relative_error:.2g} here"
     return ""
 
 

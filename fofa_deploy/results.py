@@ -21,6 +21,11 @@ class Comparison(Frozen):
     max_abs_error: float | None = Field(default=None, description="largest absolute difference of a logit")
     relative_error: float | None = Field(default=None, description="L2 norm of the difference over that of PyTorch's logits")
 
+    @property
+    def told_error(self) -> str:
+        """The relative error in words."""
+        return f"relative error {'unknown' if self.relative_error is None else format(self.relative_error, '.2g')}"
+
 
 class Latency(Frozen):
     """Milliseconds per run. A percentile that the sample cannot support is ``None``, not a guess."""

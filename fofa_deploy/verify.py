@@ -137,7 +137,7 @@ def check_graph(request: GraphCheck) -> Comparison:
             if found.finite and found.relative_error is not None and found.relative_error <= GRAPH_TOLERANCE:
                 return found
             unrest = _unrest(session, artifact, request.folder / "golden.npz")
-    problem = f"{graph.path} differs from PyTorch: relative error {found.relative_error}, agreement {found.agreement:.0%}"
+    problem = f"{graph.path} differs from PyTorch: {found.told_error}, agreement {found.agreement:.0%}"
     if unrest > GRAPH_TOLERANCE:
         cause = f"; but so do its own answers, by {unrest:.2g}, where its inputs change in their last bit"
         raise GraphError(problem + cause, "no runtime can repeat them: train the model on, or choose another student")
