@@ -251,7 +251,7 @@ def page(result: dict) -> str:
         "",
         f"Written by `python benchmarks/distill-cost/run.py`. {told['side']} px, batch {told['batch']}, fp32, "
         f"{told['threads']} threads, {cpu}; median of {rounds} interleaved rounds, statistics of the teacher settled. "
-        "Only the factors mean anything.",
+        "Only the factors mean anything. Steps are of the part of a training in which features teach (`features_until`).",
         "",
     ]
     for pair, rows in result["pairs"].items():
