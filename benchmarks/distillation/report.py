@@ -6,7 +6,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import study
 from scipy import stats
@@ -32,6 +32,7 @@ def write(lines: Sequence[dict]) -> None:
     for regime in study.REGIMES:
         parts += _settings([line for line in lines if line.get("regime") == regime], regime)
         parts += _comparison(_latest(lines, "compare", regime, "test"), regime)
+        parts += _pace(lines, regime)
         parts += _doubling(lines, regime)
         parts += _forgetting(lines, "compare", regime)
         described = study.REGIMES[regime].described
@@ -87,6 +88,33 @@ def _settings(lines: Sequence[dict], regime: str) -> list[str]:
 
 def _student(line: dict) -> str:
     return str(line["pair"].split()[-1])
+
+
+def paces(lines: Iterable[dict], regime: study.Regime) -> dict[tuple[str, str], float]:
+    """(method, pair) -> how many of its epochs take as long as one of the default plan, the median over rounds."""
+    seconds: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
+    for line in lines:
+        if line["phase"] == "pace" and line["regime"] == (regime.settled or regime.name):
+            seconds[line["method"], line["pair"]][line["seed"]] = line["seconds"]
+    return {
+        (method, pair): median(seconds[study.DEFAULT, pair][number] / taken for number, taken in rounds.items())
+        for (method, pair), rounds in seconds.items()
+        if rounds.keys() <= seconds[study.DEFAULT, pair].keys()
+    }
+
+
+def _pace(lines: Sequence[dict], regime: str) -> list[str]:
+    """The factors behind equal compute."""
+    found, pairs = paces(lines, study.REGIMES[regime]), [pair.name for pair in study.PAIRS]
+    if not found or study.REGIMES[regime].settled:
+        return []
+    rows = [
+        f"| {method.name} | {' | '.join(f'{found[method.name, pair]:.2f}' for pair in pairs)} |"
+        for method in study.TIMED
+        if all((method.name, pair) in found for pair in pairs)
+    ]
+    title = f"### Epochs of a method that take as long as one of {study.DEFAULT!r}"
+    return [title, "", f"| method | {' | '.join(pairs)} |", "|---" * (len(pairs) + 1) + "|", *rows, ""]
 
 
 def _doubling(lines: Iterable[dict], regime: str) -> list[str]:

@@ -4,6 +4,7 @@ python benchmarks/distillation/run.py rate            # each student's learning 
 python benchmarks/distillation/run.py screen          # forms of feedback, on validation images
 python benchmarks/distillation/run.py end             # how long features teach, on validation images
 python benchmarks/distillation/run.py tune            # each method's setting, on validation images
+python benchmarks/distillation/run.py pace            # what an epoch takes, for equal compute; on a quiet machine
 python benchmarks/distillation/run.py compare         # the table, on test images
 python benchmarks/distillation/run.py report          # README.md and picture from what is recorded
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +26,8 @@ import click
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-import study  # noqa: E402 - a neighbour of this file, as are the models that plans name
+import report  # noqa: E402 - neighbours of this file, as are the models that plans name
+import study  # noqa: E402
 
 from fofa_deploy.data import Data, load_data  # noqa: E402
 from fofa_deploy.distill.job import Taught, Workshop, read_curve, read_summary  # noqa: E402
@@ -190,34 +191,32 @@ def tune(regime: study.Regime, seeds: int) -> Iterator[Training]:
                 yield Training("tune", regime, pair, method, choice, TUNING_SEED, epochs, rate)
 
 
+def pace(regime: study.Regime, seeds: int) -> Iterator[Training]:
+    """Few epochs of every method that equal compute is about, in turns: only seconds from side by side may be divided."""
+    _refuse_settled(regime)
+    lines, rates = recorded(), _rates(regime)
+    for number, pair, method in product(range(seeds), study.PAIRS, study.PACED):
+        yield Training("pace", regime, pair, method, _tuned(method, regime, lines), number, QUICK_EPOCHS, rates[pair.student])
+
+
 def compare(regime: study.Regime, seeds: int) -> Iterator[Training]:
     """Every method at its tuned setting, then ablations and equal compute; seeds outermost, so that what is there is comparable."""
     lines, rates = recorded(), _rates(regime)
     for methods, seed in product((study.METHODS, (*study.LONGER, *study.ABLATIONS)), range(seeds)):
         for pair, method in product(study.PAIRS, methods):
-            epochs = _epochs(method, regime, pair, seeds)
-            if epochs is not None:
-                choice = _tuned(method, regime, lines)
-                yield Training("compare", regime, pair, method, choice, seed, epochs, rates[pair.student])
+            epochs = _epochs(method, regime, pair, lines)
+            yield Training("compare", regime, pair, method, _tuned(method, regime, lines), seed, epochs, rates[pair.student])
 
 
-def _epochs(method: study.Method, regime: study.Regime, pair: study.Pair, seeds: int) -> int | None:
-    """By the method's length; None for equal compute until it and the default plan have all their seeds."""
+def _epochs(method: study.Method, regime: study.Regime, pair: study.Pair, lines: list[dict]) -> int:
+    """By the method's length."""
     epochs = regime.epochs[pair.student]
     if method.length == study.EQUAL:
-        factor = _compute(method, regime, pair, seeds)
-        return None if factor is None else round(epochs * max(1.0, factor))
+        factor = report.paces(lines, regime).get((method.tuned_as, pair.name))
+        if factor is None:
+            raise click.ClickException(f"not known yet what {method.tuned_as} takes on {pair.name}: run the phase 'pace' first")
+        return round(epochs * max(1.0, factor))
     return 2 * epochs if method.length == study.TWICE else epochs
-
-
-def _compute(method: study.Method, regime: study.Regime, pair: study.Pair, seeds: int) -> float | None:
-    """How many times the method's time the default plan takes. Of each the shortest training counts: the others were disturbed."""
-    seconds: dict[str, list[float]] = defaultdict(list)
-    for line in recorded():
-        if line["phase"] == "compare" and (line["regime"], line["pair"]) == (regime.name, pair.name):
-            seconds[line["method"]].append(line["seconds"])
-    ours, theirs = seconds[study.DEFAULT], seconds[method.tuned_as]
-    return min(ours) / min(theirs) if min(len(ours), len(theirs)) >= seeds else None
 
 
 def _rates(regime: study.Regime) -> dict[str, float]:
@@ -254,7 +253,7 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
     return means.index(max(means))
 
 
-PHASES = {"rate": rate, "screen": screen, "end": end, "tune": tune, "compare": compare}
+PHASES = {"rate": rate, "screen": screen, "end": end, "tune": tune, "pace": pace, "compare": compare}
 
 
 @click.command()
@@ -273,8 +272,6 @@ def main(
     quick: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Run PHASE and record it."""
-    import report
-
     if phase != "report":
         chosen = study.REGIMES[regime].of(QUICK_EPOCHS) if quick else study.REGIMES[regime]
         room = Room(root, work.absolute(), threads, Quiet() if quiet else Terminal())
