@@ -150,3 +150,5 @@ def test_a_student_without_a_teacher_teaches_itself():
     taught = {"model": "timm:resnet10t", "fit": {"epochs": 1}}
     found = retraining(plan(teacher=taught, distill={"method": "dkd+fofa+rsd", "lr": 1e-2, "batch_size": 16}, qat={"epochs": 2}))
     assert (found.method, found.epochs, found.lr, found.batch_size) == ("dkd", 2, 1e-3, 16)
+    exits = retraining(plan(teacher=taught, distill={"method": "ofa+dist"}))
+    assert exits.method == "dist", "OFA's exits would start anew"

@@ -123,7 +123,7 @@ DEFAULTS = (
 )
 TEMPERATURES = tuple({"temperature": value} for value in (1.0, 2.0, 4.0))
 ALONE = Method("alone", {"method": "none"})
-RATES = replace(ALONE, choices=tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3)))
+RATES = replace(ALONE, choices=tuple({"lr": value} for value in (1e-3, 2e-3, 4e-3, 8e-3, 16e-3, 32e-3, 64e-3)))
 """Tried first: whatever suits a student alone is the learning rate of every method that teaches it."""
 
 METHODS = (
@@ -132,12 +132,14 @@ METHODS = (
     Method("DKD", {"method": "dkd", "balance": "fixed", "dkd_beta": 2.0}, TEMPERATURES),
     Method("DIST", {"method": "dist", "balance": "fixed"}, TEMPERATURES),
     Method("FitNet", {"method": "fitnet", "balance": "fixed", **THROUGHOUT}, _weights("fitnet", 0.1, 1.0, 10.0)),
-    Method("OFA", {"method": "ofa", "balance": "fixed"}, tuple({"ofa_gamma": value} for value in (1.0, 1.5, 2.0))),
-    Method("RSD", {"method": "rsd", "balance": "fixed", **THROUGHOUT}, _weights("rsd", 0.5, 1.0, 2.0)),
+    Method("OFA", {"method": "ofa", "balance": "fixed"}, tuple({"ofa_gamma": value} for value in (1.0, 1.5, 2.0, 3.0))),
+    Method("RSD", {"method": "rsd", "balance": "fixed", **THROUGHOUT}, _weights("rsd", 0.5, 1.0, 2.0, 4.0, 8.0)),
     replace(_fofa(UNPROMPTED), choices=DEFAULTS),
     _default(DEFAULT),
 )
-"""The table. Every method has three settings to choose from, and one for all pairs; the default has those of the row before it."""
+"""The table. Every method has three settings to choose from, more where the best was the last one, and one for all pairs. The default has
+those of the row before it; which prompts it has, for how long features teach and how often the balance is measured was chosen among
+`FORMS` and `ENDS`, on validation images as well."""
 
 TRIED = (
     replace(

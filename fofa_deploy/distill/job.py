@@ -178,10 +178,10 @@ def _accuracy(model: nn.Module, data: Data) -> dict[str, float]:
 def retraining(plan: RunPlan) -> DistillPlan:
     """The plan's distillation again, short and gentle; without a teacher the float student teaches itself by ``kd``.
 
-    Of its terms those about logits are left: what the others train beside the student would start anew, and needs longer.
+    Of its terms those about the student's own logits are left: what the others train beside it would start anew, and needs longer.
     """
     usual = plan.distill or DistillPlan(method="none")
-    method = "+".join(term for term in usual.terms if term in LOGIT_TERMS) or "kd"
+    method = "+".join(term for term in usual.terms if term in LOGIT_TERMS and term != "ofa") or "kd"
     changes = {"epochs": plan.qat.epochs, "lr": plan.qat.lr or usual.lr / 10, "warmup_epochs": 0.1 * plan.qat.epochs}
     return usual.model_copy(update={**changes, "method": method, "compile": False})
 

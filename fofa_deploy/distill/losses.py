@@ -94,12 +94,13 @@ def _correlation(one: Tensor, other: Tensor) -> Tensor:
 
 
 def one_for_all_loss(teacher: Tensor, student: Tensor, labels: Tensor, gamma: float) -> Tensor:
-    """OFA: -(1 + p_t[y])^gamma log p_s[y] - sum over c != y of p_t[c] log p_s[c]. arXiv 2310.19444, equation 6.
+    """OFA: -[(1 + p_t[y])^gamma - 1] log p_s[y] - sum over c != y of p_t[c] log p_s[c]. Logits (B, K), labels (B,) -> scalar.
 
-    Logits (B, K), labels (B,) -> scalar.
+    That is equation 6 of arXiv 2310.19444 without the labels' cross-entropy -log p_s[y], which it contains and which is a loss of
+    its own here: the student's answer would be held to the labels twice, and exits need no labels.
     """
     log, target = functional.log_softmax(student.float(), dim=1), torch.softmax(teacher.float(), dim=1)
-    enhanced = (1 + target.gather(1, labels[:, None])) ** gamma
+    enhanced = (1 + target.gather(1, labels[:, None])) ** gamma - 1
     return -(log * target.scatter(1, labels[:, None], enhanced)).sum(dim=1).mean()
 
 

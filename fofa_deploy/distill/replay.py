@@ -7,7 +7,7 @@ Which modules that is depends on the model alone and is found once, on a probe, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ def _safe(teacher: TappedModel, first: int, images: Tensor, whole: bool) -> list
             _Call(output, output._version if isinstance(output, Tensor) else -1)
         )
 
-    with ExitStack() as hooks:
+    with _uncompiled(teacher.model), ExitStack() as hooks:
         for name, module in teacher.model.named_modules():
             if name:
                 hooks.enter_context(module.register_forward_hook(note(name)))
@@ -104,6 +104,12 @@ def _safe(teacher: TappedModel, first: int, images: Tensor, whole: bool) -> list
     tapped = [stage.module for stage in teacher.stages]
     safe = [name for name in calls if name in before and _replayable(calls[name]) and not _holds(name, tapped)]
     return safe if whole else [name for name in safe if calls[name][0].output.shape[:1] == images.shape[:1]]
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[None]:
+    """Let hooks run inside what torch.compile made one kernel of, without compiling it for them."""
+    compiled = any("forward" in vars(module) for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def _replayable(calls: list[_Call]) -> bool:

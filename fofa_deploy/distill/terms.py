@@ -45,7 +45,11 @@ def _dkd(student: TappedModel, teacher: TappedModel, plan: DistillPlan) -> Term:
 
 
 def _dist(student: TappedModel, teacher: TappedModel, plan: DistillPlan) -> Term:
-    return Divergence("dist", lambda seen: losses.relational_divergence(seen.teacher.logits, seen.student.logits, plan.temperature))
+    def loss(seen: Lesson) -> Tensor:
+        # Correlations over samples are over the whole batch, wherever its parts are.
+        return losses.relational_divergence(gathered(seen.teacher.logits), gathered(seen.student.logits), plan.temperature)
+
+    return Divergence("dist", loss)
 
 
 class OneForAll(Term):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fofa_deploy.config import DistillPlan
+from fofa_deploy.distill.engine import compiled
 from fofa_deploy.distill.grids import resize
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
@@ -25,6 +26,15 @@ METHODS = {
     "fofa+rsd": {"ce", "kd", "fofa", "regularizer", "rsd"},
 }
 TEACHERS = ["cnn", "vit", "swin", "mixer", "mobilevit", "coat", "levit"]
+
+
+@pytest.fixture
+def compiling():
+    """A part that is compiled ever again, and in the end no more, is an error."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
 
 
 def open_prompts(objective, value=0.3):
@@ -374,3 +384,20 @@ def test_rsd_compares_no_more_dimensions_than_a_pass_has_images(objective):
     whole, shared = width(batch_size=8), width(batch_size=8, accumulate=4)
     assert shared < whole
     assert objective(method="rsd", batch_size=2, accumulate=4).terms["rsd"] is not None  # the trainer refuses such a plan, by name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+def test_compiled_in_parts_both_models_learn_as_uncompiled_ones_do(objective, batch, compiling):
+    """Stages of other widths and sizes, a prompt between them, a smaller last batch, evaluation: each part is compiled for itself."""
+    plain = objective(method="fofa+rsd+dist", fofa={"prompted_stages": (-1,)}).train()
+    made = [plain, copy.deepcopy(plain)]
+    for model in (made[1].student, made[1].teacher):
+        compiled(model)
+    optimizers = [torch.optim.SGD(one.parameters(), 1e-2) for one in made]
+    for count in (4, 4, 3):
+        losses = [step(one, batch(count=count), optimizer) for one, optimizer in zip(made, optimizers, strict=True)]
+        assert {name: float(term) for name, term in losses[1].terms.items()} == pytest.approx(
+            {name: float(term) for name, term in losses[0].terms.items()}, rel=1e-4, abs=1e-6
+        )
+    told = [one.diagnostics(*batch(count=5)) for one in made]
+    assert told[1] == pytest.approx(told[0], abs=1e-5)

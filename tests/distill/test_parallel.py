@@ -138,7 +138,7 @@ def test_two_processes_learn_what_one_learns(tmp_path, teacher, by_one, ranks): 
 
 
 def test_they_share_statistics_and_balance_too(tmp_path, teacher, ranks):  # noqa: F811
-    plan = (*EXACT, "distill.method='fofa+rsd'", "distill.balance='gradient'", "distill.fofa={stages=2,width=16,heads=2}")
+    plan = (*EXACT, "distill.method='fofa+rsd+dist'", "distill.balance='gradient'", "distill.fofa={stages=2,width=16,heads=2}")
     distilled(small_plan(*plan), tmp_path / "one", teacher)
     ranks(rank_targets.train, tmp_path / "two", teacher[1], plan)
     curves_agree(tmp_path / "one", tmp_path / "two")
