@@ -137,9 +137,9 @@ METHODS = (
     replace(_fofa(UNPROMPTED), choices=DEFAULTS),
     _default(DEFAULT),
 )
-"""The table. Every method has three settings to choose from, more where the best was the last one, and one for all pairs. The default has
-those of the row before it; which prompts it has, for how long features teach and how often the balance is measured was chosen among
-`FORMS` and `ENDS`, on validation images as well."""
+"""The table. Every method has three settings to choose from, more where the best was the last one, and one for all pairs.
+The default has those of the row before it; which prompts it has, for how long features teach and how often the balance is
+measured was chosen among `FORMS` and `ENDS`, on validation images as well."""
 
 TRIED = (
     replace(

@@ -93,8 +93,8 @@ def compiled(tapped: TappedModel) -> None:
     if not torch.cuda.is_available() and not _compiler():
         raise BackendError("torch.compile needs a C++ compiler on a CPU, and there is none", "install g++, or set compile = false")
     for part in _parts(tapped):
-        # All bound methods are one function to dynamo: without isolation parts would use up each other's recompilations, and be taken
-        # for one part that sees images of ever other sizes.
+        # All bound methods are one function to dynamo: without isolation parts would use up each other's recompilations, and be
+        # taken for one part that sees images of ever other sizes.
         part.forward = torch.compile(part.forward, dynamic=False, isolate_recompiles=True)
 
 

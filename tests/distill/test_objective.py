@@ -388,7 +388,7 @@ def test_rsd_compares_no_more_dimensions_than_a_pass_has_images(objective):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 def test_compiled_in_parts_both_models_learn_as_uncompiled_ones_do(objective, batch, compiling):
-    """Stages of other widths and sizes, a prompt between them, a smaller last batch, evaluation: each part is compiled for itself."""
+    """Stages of other widths, a prompt between them, a smaller last batch, evaluation: each part is compiled for itself."""
     plain = objective(method="fofa+rsd+dist", fofa={"prompted_stages": (-1,)}).train()
     made = [plain, copy.deepcopy(plain)]
     for model in (made[1].student, made[1].teacher):
