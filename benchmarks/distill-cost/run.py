@@ -26,13 +26,14 @@ import timm
 import torch
 
 from fofa_deploy.config import DistillPlan
+from fofa_deploy.distill import objective
 from fofa_deploy.distill.heads import SETTLED, Standardizer
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.environment import describe
 from fofa_deploy.measure import peak_rss_bytes
 from fofa_deploy.progress import Terminal
-from fofa_deploy.store import write_atomic
+from fofa_deploy.store import digest, write_atomic
 
 HERE = Path(__file__).parent
 PAIRS = {
@@ -214,7 +215,8 @@ class Record:
 
     def __init__(self, conditions: dict[str, Any], file: Path | None, again: bool) -> None:
         place = describe()
-        conditions |= {"forms": [form.name for form in FORMS], "machine": place.fingerprint}
+        plans = {form.name: {**form.plan, "progress": form.progress} for form in FORMS}
+        conditions |= {"forms": plans, "code": _code(), "machine": place.fingerprint}
         known = json.loads(file.read_text()) if file and file.is_file() and not again else {}
         same = known.get("conditions") == conditions
         fresh = {"conditions": conditions, "environment": place.model_dump(mode="json"), "pairs": {}}
@@ -228,6 +230,11 @@ class Record:
     def save(self) -> None:
         if self._file:
             write_atomic(self._file, (json.dumps(self.result, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _code() -> str:
+    """What is timed, in short."""
+    return digest({path.name: path.read_text() for path in sorted(Path(objective.__file__).parent.glob("*.py"))})
 
 
 def _fill(record: Record, pair: str, side: int, rounds: int) -> None:

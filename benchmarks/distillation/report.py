@@ -13,35 +13,37 @@ from scipy import stats
 
 HERE = Path(__file__).parent
 FORM_REFERENCE = "no feedback"
+MUTED = "†"
 Block = tuple[str, int]
 """What two methods have in common when they are compared: pair and seed."""
 
 
-def write(lines: Sequence[dict]) -> None:
-    """README.md, and methods.svg where there is a table to draw."""
+def write(lines: Sequence[dict], regimes: Iterable[study.Regime], folder: Path) -> None:
+    """README.md, and a picture for every regime that has a table to draw."""
     parts = [
         "# Distillation methods compared",
         "",
         "Written by `python benchmarks/distillation/run.py report` from `results.jsonl`; nothing here is typed by hand.",
         "Fashion-MNIST at 16 x 16 pixels, networks of `models.py`, plans of `study.py`. Validation: 6,000 training images that no",
-        "student trains on. A seed is an initialization, an order and an augmentation, the same for all methods: tests are paired.",
+        "student trains on. A seed is an initialization, an order and an augmentation, the same for all methods. Differences are",
+        "averaged over pairs, so that a seed is one number, and tested over the seeds that all pairs have (paired t-test, Holm).",
         "",
         *_muted(lines),
         *_teachers(lines),
     ]
-    for regime in study.REGIMES:
-        parts += _settings([line for line in lines if line.get("regime") == regime], regime)
-        parts += _comparison(_latest(lines, "compare", regime, "test"), regime)
+    for regime in regimes:
+        parts += _settings([line for line in lines if line.get("regime") == regime.name], regime)
+        parts += _comparison(_latest(lines, "compare", regime, "test"), regime, folder)
         parts += _pace(lines, regime)
         parts += _doubling(lines, regime)
         parts += _forgetting(lines, "compare", regime)
-        described = study.REGIMES[regime].described
-        title = f"## Forms of feedback, validation accuracy, {described}"
-        parts += _screening(title, _latest(lines, "screen", regime, "validation"), study.FORMS, FORM_REFERENCE)
+        title = f"## Forms of feedback, validation accuracy, {regime.described}"
+        muted = {line["method"] for line in lines if line.get("dist_muted") and line["phase"] == "screen"}
+        parts += _screening(title, _latest(lines, "screen", regime, "validation"), study.FORMS, FORM_REFERENCE, muted)
         parts += _forgetting(lines, "screen", regime)
-        title = f"## How long features teach, validation accuracy, {described}"
-        parts += _screening(title, _latest(lines, "end", regime, "validation"), study.ENDS, study.ENDS[-1].name)
-    (HERE / "README.md").write_text("\n".join(parts).rstrip() + "\n")
+        title = f"## How long features teach, validation accuracy, {regime.described}"
+        parts += _screening(title, _latest(lines, "end", regime, "validation"), study.ENDS, study.ENDS[-1].name, set())
+    (folder / "README.md").write_text("\n".join(parts).rstrip() + "\n")
 
 
 def _muted(lines: Sequence[dict]) -> list[str]:
@@ -52,6 +54,7 @@ def _muted(lines: Sequence[dict]) -> list[str]:
     told = [
         f"{len(old)} trainings of {pairs} (phases {phases}) had DIST at a hundredth of its weight for their first thousand",
         "steps: that student's head starts at zero, a correlation's gradient is a millionfold there, and it was remembered.",
+        f"Rows of which they are a part are marked {MUTED}: what these lack is not all a matter of their form.",
         "",
     ]
     return told if old else []
@@ -65,7 +68,7 @@ def _teachers(lines: Iterable[dict]) -> list[str]:
     return ["## Teachers", "", "| family | epochs | test | validation |", "|---|---|---|---|", *rows, ""] if rows else []
 
 
-def _settings(lines: Sequence[dict], regime: str) -> list[str]:
+def _settings(lines: Sequence[dict], regime: study.Regime) -> list[str]:
     """What was tried on validation images before anything was compared."""
     chosen = {method.name: {name for choice in method.choices for name in choice} for method in (*study.METHODS, *study.TRIED)}
     tried: dict[tuple[str, str, str], list[float]] = defaultdict(list)
@@ -83,7 +86,7 @@ def _settings(lines: Sequence[dict], regime: str) -> list[str]:
         for (phase, who, setting), found in sorted(tried.items())
     ]
     head = ["| who | setting | validation accuracy, mean over pairs | pairs |", "|---|---|---|---|"]
-    return [f"## Settings tried on validation images, {study.REGIMES[regime].described}", "", *head, *rows, ""]
+    return [f"## Settings tried on validation images, {regime.described}", "", *head, *rows, ""]
 
 
 def _student(line: dict) -> str:
@@ -96,17 +99,18 @@ def paces(lines: Iterable[dict], regime: study.Regime) -> dict[tuple[str, str], 
     for line in lines:
         if line["phase"] == "pace" and line["regime"] == (regime.settled or regime.name):
             seconds[line["method"], line["pair"]][line["seed"]] = line["seconds"]
-    return {
-        (method, pair): median(seconds[study.DEFAULT, pair][number] / taken for number, taken in rounds.items())
-        for (method, pair), rounds in seconds.items()
-        if rounds.keys() <= seconds[study.DEFAULT, pair].keys()
-    }
+    factors = {}
+    for (method, pair), rounds in seconds.items():
+        ours = seconds.get((study.DEFAULT, pair), {})
+        if common := rounds.keys() & ours.keys():
+            factors[method, pair] = median(ours[number] / rounds[number] for number in common)
+    return factors
 
 
-def _pace(lines: Sequence[dict], regime: str) -> list[str]:
+def _pace(lines: Sequence[dict], regime: study.Regime) -> list[str]:
     """The factors behind equal compute."""
-    found, pairs = paces(lines, study.REGIMES[regime]), [pair.name for pair in study.PAIRS]
-    if not found or study.REGIMES[regime].settled:
+    found, pairs = paces(lines, regime), [pair.name for pair in study.PAIRS]
+    if not found or regime.settled:
         return []
     rows = [
         f"| {method.name} | {' | '.join(f'{found[method.name, pair]:.2f}' for pair in pairs)} |"
@@ -117,69 +121,74 @@ def _pace(lines: Sequence[dict], regime: str) -> list[str]:
     return [title, "", f"| method | {' | '.join(pairs)} |", "|---" * (len(pairs) + 1) + "|", *rows, ""]
 
 
-def _doubling(lines: Iterable[dict], regime: str) -> list[str]:
+def _doubling(lines: Iterable[dict], regime: study.Regime) -> list[str]:
     """What twice as many epochs are worth to each student alone."""
     alone = study.METHODS[0].name
     scores = _latest(lines, "compare", regime, "validation")
     once, twice = scores[alone], scores[alone + study.TWICE]
     rows = []
-    for student, epochs in study.REGIMES[regime].epochs.items():
+    for student, epochs in regime.epochs.items():
         blocks = [block for block in once.keys() & twice.keys() if block[0].split()[-1] == student]
         if blocks:
             first, second = (100 * mean(found[block] for block in blocks) for found in (once, twice))
-            rows.append(f"| {student} | {epochs} | {first:.2f} | {second:.2f} | {second - first:+.2f} | {len(blocks)} |")
+            seeds = len({seed for _, seed in blocks})  # the teacher makes no difference
+            rows.append(f"| {student} | {epochs} | {first:.2f} | {second:.2f} | {second - first:+.2f} | {seeds} |")
     title = "### What twice as many epochs are worth to a student alone, validation accuracy"
-    head = [title, "", "| student | epochs | once | twice | gain, points | trainings |", "|---|---|---|---|---|---|"]
+    head = [title, "", "| student | epochs | once | twice | gain, points | seeds |", "|---|---|---|---|---|---|"]
     return [*head, *rows, ""] if rows else []
 
 
-def _latest(lines: Iterable[dict], phase: str, regime: str, score: str) -> dict[str, dict[Block, float]]:
+def _latest(lines: Iterable[dict], phase: str, regime: study.Regime, score: str) -> dict[str, dict[Block, float]]:
     """method -> (pair, seed) -> accuracy, of the full schedule or of a method's own."""
     longer = {method.name for method in study.LONGER}
     found: dict[str, dict[Block, float]] = defaultdict(dict)
     for line in lines:
-        if line["phase"] != phase or line["regime"] != regime:
+        if line["phase"] != phase or line["regime"] != regime.name:
             continue
-        epochs = study.REGIMES[regime].epochs[_student(line)]
+        epochs = regime.epochs[_student(line)]
         if line["epochs"] == epochs or (line["method"] in longer and line["epochs"] > epochs):
             found[line["method"]][line["pair"], line["seed"]] = line[score]
     return found
 
 
-def _comparison(scores: dict[str, dict[Block, float]], regime: str) -> list[str]:
+def _comparison(scores: dict[str, dict[Block, float]], regime: study.Regime, folder: Path) -> list[str]:
     if not scores:
         return []
     named = [method.name for method in (*study.METHODS, *study.LONGER, *study.ABLATIONS) if method.name in scores]
     pairs = [pair.name for pair in study.PAIRS if any(pair.name == key[0] for found in scores.values() for key in found)]
-    draw(scores, named, pairs, HERE / f"methods-{regime}.svg")
+    draw(scores, named, pairs, folder / f"methods-{regime.name}.svg")
     return [
-        f"## Test accuracy, {study.REGIMES[regime].described}",
+        f"## Test accuracy, {regime.described}",
         "",
-        f"![mean and standard deviation over seeds](methods-{regime}.svg)",
+        f"![mean and standard deviation over seeds](methods-{regime.name}.svg)",
         "",
-        *_table(scores, named, pairs, study.DEFAULT),
+        *_table(scores, named, pairs, study.DEFAULT, set()),
         *_behind(scores, named, study.UNPROMPTED),
     ]
 
 
-def _screening(title: str, scores: dict[str, dict[Block, float]], forms: Sequence[study.Method], reference: str) -> list[str]:
+def _screening(
+    title: str, scores: dict[str, dict[Block, float]], forms: Sequence[study.Method], reference: str, marked: set[str]
+) -> list[str]:
     if not scores:
         return []
     named = [method.name for method in forms if method.name in scores]
     pairs = [pair.name for pair in study.PAIRS if any(pair.name == key[0] for found in scores.values() for key in found)]
-    return [title, "", *_table(scores, named, pairs, reference)]
+    return [title, "", *_table(scores, named, pairs, reference, marked)]
 
 
-def _table(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[str], reference: str) -> list[str]:
+def _table(
+    scores: dict[str, dict[Block, float]], named: list[str], pairs: list[str], reference: str, marked: set[str]
+) -> list[str]:
     """Mean and standard deviation per pair, and the paired difference to ``reference``, p corrected by Holm."""
     tests, corrected = _against(scores, named, reference)
-    head = f"| method | {' | '.join(pairs)} | difference to {reference!r}, points | trainings | corrected p |"
+    head = f"| method | {' | '.join(pairs)} | difference to {reference!r}, points | seeds | corrected p |"
     rows = [head, "|---" * (len(pairs) + 4) + "|"]
     for name in named:
         cells = [_cell([value for key, value in scores[name].items() if key[0] == pair]) for pair in pairs]
         test = tests.get(name)
-        told = f"{100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))}" if test else f" | {len(scores[name])} | "
-        rows.append(f"| {name} | {' | '.join(cells)} | {told} |")
+        told = f"{100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))}" if test else " |  | "
+        rows.append(f"| {name}{f' {MUTED}' if name in marked else ''} | {' | '.join(cells)} | {told} |")
     return [*rows, ""]
 
 
@@ -187,7 +196,7 @@ def _behind(scores: dict[str, dict[Block, float]], named: list[str], reference: 
     """The paired differences to one more method, p corrected by Holm."""
     tests, corrected = _against(scores, named, reference)
     rows = [f"| {name} | {100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))} |" for name, test in tests.items()]
-    head = [f"| method | difference to {reference!r}, points | trainings | corrected p |", "|---" * 4 + "|"]
+    head = [f"| method | difference to {reference!r}, points | seeds | corrected p |", "|---" * 4 + "|"]
     return [*head, *rows, ""] if rows else []
 
 
@@ -211,13 +220,19 @@ def _p(value: float | None) -> str:
 
 
 def _paired(one: dict[Block, float], other: dict[Block, float]) -> tuple[float, float | None, int] | None:
-    """Mean difference, p of the paired t-test over (pair, seed), and their number."""
-    common = sorted(one.keys() & other.keys())
-    if not common:
+    """Mean difference over pairs and the seeds that all of them have, p of the t-test over seeds, and their number.
+
+    Pairs with one student share what a seed makes of it, and the student alone is even the same one for all teachers: only
+    seeds are independent of one another.
+    """
+    common = one.keys() & other.keys()
+    pairs = {pair for pair, _ in common}
+    whole = sorted(seed for seed in {seed for _, seed in common} if all((pair, seed) in common for pair in pairs))
+    if not whole:
         return None
-    differences = [one[key] - other[key] for key in common]
-    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if len(common) > 2 and len(set(differences)) > 1 else None
-    return mean(differences), p, len(common)
+    differences = [mean(one[pair, seed] - other[pair, seed] for pair in pairs) for seed in whole]
+    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if len(whole) > 2 and len(set(differences)) > 1 else None
+    return mean(differences), p, len(whole)
 
 
 def _holm(found: dict[str, float | None]) -> dict[str, float]:
@@ -230,13 +245,13 @@ def _holm(found: dict[str, float | None]) -> dict[str, float]:
     return corrected
 
 
-def _forgetting(lines: Iterable[dict], phase: str, regime: str) -> list[str]:
+def _forgetting(lines: Iterable[dict], phase: str, regime: study.Regime) -> list[str]:
     """What became of the prompted teacher by the last epoch, per form and pair."""
     drops: dict[tuple[str, str], list[float]] = defaultdict(list)
     drifts: dict[tuple[str, str], list[float]] = defaultdict(list)
     for line in lines:
         told = line.get("diagnostics", {})
-        if line["phase"] == phase and line["regime"] == regime and told.get("drift_nats", 0.0) > 1e-6:
+        if line["phase"] == phase and line["regime"] == regime.name and told.get("drift_nats", 0.0) > 1e-6:
             drops[line["method"], line["pair"]].append(100 * (told["teacher_top1"] - told["prompted_top1"]))
             drifts[line["method"], line["pair"]].append(told["drift_nats"])
     rows = [

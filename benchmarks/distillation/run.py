@@ -78,6 +78,7 @@ class Room:
     work: Path
     threads: int
     progress: Progress
+    results: Path = RESULTS
 
     def workshop(self, limit: int | None, seed: int, final: bool) -> Workshop:
         """Without ``final`` the test images are out of reach."""
@@ -90,7 +91,7 @@ class Room:
         if not (out / "summary.json").is_file():
             out.mkdir(parents=True, exist_ok=True)
             self.workshop(None, TEACHER_SEED, final=True).fit(study.teacher(kind, epochs), out)
-            _record({"phase": "teacher", "teacher": kind, "epochs": epochs, **_scores(out, final=True)})
+            self._record({"phase": "teacher", "teacher": kind, "epochs": epochs, **_scores(out, final=True)})
         return out
 
     def _taught_by(self, training: Training) -> Taught:
@@ -104,7 +105,11 @@ class Room:
         shelf = _shelf(self.work, training.key)
         taught_by = self._taught_by(training) if plan.terms else None
         workshop.distill(study.student(training.pair.student), plan, shelf, taught_by)
-        _record({**training.key, **_scores(shelf, final)})
+        self._record({**training.key, **_scores(shelf, final)})
+
+    def _record(self, line: dict) -> None:
+        with self.results.open("a") as file:  # one write of one line: two processes may share the file
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 @cache
@@ -133,13 +138,8 @@ def _scores(out: Path, final: bool) -> dict:
     }
 
 
-def _record(line: dict) -> None:
-    with RESULTS.open("a") as file:  # one write of one line: two processes may share the file
-        file.write(json.dumps(line, allow_nan=False) + "\n")
-
-
-def recorded() -> list[dict]:
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
+def recorded(results: Path = RESULTS) -> list[dict]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
 
 
 def _is_done(training: Training, lines: list[dict]) -> bool:
@@ -265,21 +265,23 @@ PHASES = {"rate": rate, "screen": screen, "end": end, "tune": tune, "pace": pace
 @click.option("--threads", default=1, show_default=True)
 @click.option("--only", help="Only methods whose name contains this.")
 @click.option("--pair", "pair_name", help="Only pairs whose name contains this.")
-@click.option("--quick", is_flag=True, help=f"One seed, {QUICK_EPOCHS} epochs: to see it work, under 20 minutes.")
+@click.option("--quick", is_flag=True, help=f"One seed, {QUICK_EPOCHS} epochs, under 20 minutes; recorded in --work alone.")
 @click.option("--quiet", is_flag=True)
 def main(
     phase: str, regime: str, seeds: int, root: str, work: Path, threads: int, only: str | None, pair_name: str | None,
     quick: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Run PHASE and record it."""
+    work.mkdir(parents=True, exist_ok=True)
+    folder, chosen = (work, study.REGIMES[regime].glimpse(QUICK_EPOCHS)) if quick else (HERE, study.REGIMES[regime])
+    results = folder / RESULTS.name
     if phase != "report":
-        chosen = study.REGIMES[regime].of(QUICK_EPOCHS) if quick else study.REGIMES[regime]
-        room = Room(root, work.absolute(), threads, Quiet() if quiet else Terminal())
+        room = Room(root, work.absolute(), threads, Quiet() if quiet else Terminal(), results)
         for training in PHASES[phase](chosen, 1 if quick else seeds):
             named = (only or "") in training.method.name and (pair_name or "") in training.pair.name
-            if named and not _is_done(training, recorded()):
+            if named and not _is_done(training, recorded(results)):
                 room.train(training)
-    report.write(recorded())
+    report.write(recorded(results), [chosen] if quick else study.REGIMES.values(), folder)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,10 @@ class Regime:
         """The same with another number of epochs, one for all."""
         return replace(self, epochs=dict.fromkeys(self.epochs, epochs))
 
+    def glimpse(self, epochs: int) -> Regime:
+        """A short one of its own, with the settings of this one."""
+        return replace(self.of(epochs), name=f"{self.name}-quick", settled=self.settled or self.name)
+
     @property
     def described(self) -> str:
         """For titles."""
