@@ -59,7 +59,7 @@ class GradientBalance(nn.Module):
 
 
 def _gradient_norm(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Of the whole batch, wherever its parts are: averaged over processes first, as the optimizer's gradient is."""
+    """Of the whole batch, wherever its parts are: averaged over processes first, whose parts differ by one image at most."""
     gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
     norm: Tensor = averaged(torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])).norm()
     return norm

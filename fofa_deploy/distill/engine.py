@@ -95,7 +95,7 @@ def compiled(tapped: TappedModel) -> None:
     for part in _parts(tapped):
         # All bound methods are one function to dynamo: without isolation parts would use up each other's recompilations, and be
         # taken for one part that sees images of ever other sizes.
-        part.forward = torch.compile(part.forward, dynamic=False, isolate_recompiles=True)
+        part.forward = torch.compile(part.forward, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
 
 
 def _compiler() -> str | None:
