@@ -16,6 +16,8 @@ FORM_REFERENCE = "no feedback"
 MUTED = "†"
 Block = tuple[str, int]
 """What two methods have in common when they are compared: pair and seed."""
+Test = tuple[float, float | None, int]
+"""A mean difference, its p where there are seeds enough, and their number."""
 
 
 def write(lines: Sequence[dict], regimes: Iterable[study.Regime], folder: Path) -> None:
@@ -182,12 +184,10 @@ def _table(
 ) -> list[str]:
     """Mean and standard deviation per pair, and the paired difference to ``reference``, p corrected by Holm."""
     tests, corrected = _against(scores, named, reference)
-    head = f"| method | {' | '.join(pairs)} | difference to {reference!r}, points | seeds | corrected p |"
-    rows = [head, "|---" * (len(pairs) + 4) + "|"]
+    rows = [f"| method | {' | '.join(pairs)} | {_columns(reference)} |", "|---" * (len(pairs) + 5) + "|"]
     for name in named:
         cells = [_cell([value for key, value in scores[name].items() if key[0] == pair]) for pair in pairs]
-        test = tests.get(name)
-        told = f"{100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))}" if test else " |  | "
+        told = _told(tests[name], corrected.get(name)) if name in tests else " |  |  | "
         rows.append(f"| {name}{f' {MUTED}' if name in marked else ''} | {' | '.join(cells)} | {told} |")
     return [*rows, ""]
 
@@ -195,14 +195,20 @@ def _table(
 def _behind(scores: dict[str, dict[Block, float]], named: list[str], reference: str) -> list[str]:
     """The paired differences to one more method, p corrected by Holm."""
     tests, corrected = _against(scores, named, reference)
-    rows = [f"| {name} | {100 * test[0]:+.2f} | {test[2]} | {_p(corrected.get(name))} |" for name, test in tests.items()]
-    head = [f"| method | difference to {reference!r}, points | seeds | corrected p |", "|---" * 4 + "|"]
-    return [*head, *rows, ""] if rows else []
+    rows = [f"| {name} | {_told(test, corrected.get(name))} |" for name, test in tests.items()]
+    return [f"| method | {_columns(reference)} |", "|---" * 5 + "|", *rows, ""] if rows else []
 
 
-def _against(
-    scores: dict[str, dict[Block, float]], named: list[str], reference: str
-) -> tuple[dict[str, tuple[float, float | None, int]], dict[str, float]]:
+def _columns(reference: str) -> str:
+    return f"difference to {reference!r}, points | seeds | p | corrected p"
+
+
+def _told(test: Test, corrected: float | None) -> str:
+    difference, p, seeds = test
+    return f"{100 * difference:+.2f} | {seeds} | {_p(p)} | {_p(corrected)}"
+
+
+def _against(scores: dict[str, dict[Block, float]], named: list[str], reference: str) -> tuple[dict[str, Test], dict[str, float]]:
     """Paired tests of all that share a training with ``reference``, and their p corrected by Holm."""
     found = {name: _paired(scores[name], scores.get(reference, {})) for name in named if name != reference}
     tests = {name: test for name, test in found.items() if test}
@@ -219,14 +225,13 @@ def _p(value: float | None) -> str:
     return "" if value is None else "< .001" if value < 0.001 else f"{value:.3f}"
 
 
-def _paired(one: dict[Block, float], other: dict[Block, float]) -> tuple[float, float | None, int] | None:
+def _paired(one: dict[Block, float], other: dict[Block, float]) -> Test | None:
     """Mean difference over pairs and the seeds that all of them have, p of the t-test over seeds, and their number.
 
     Pairs with one student share what a seed makes of it, and the student alone is even the same one for all teachers: only
     seeds are independent of one another.
     """
-    common = one.keys() & other.keys()
-    pairs = {pair for pair, _ in common}
+    common, pairs = one.keys() & other.keys(), {pair for pair, _ in other}
     whole = sorted(seed for seed in {seed for _, seed in common} if all((pair, seed) in common for pair in pairs))
     if not whole:
         return None
