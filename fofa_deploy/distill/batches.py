@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -55,7 +56,9 @@ def read(batches: Batches, workers: int, seed: int) -> Iterator[Batch]:
         return _raised(batches[number] for number in range(len(batches)))
     # An own generator: the loader would draw its base seed from the global one, and a resumed run would see another stream.
     generator = torch.Generator().manual_seed(seed)
-    return _raised(DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is, generator=generator))
+    return _raised(
+        DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is, worker_init_fn=_steadfast, generator=generator)
+    )
 
 
 def _raised(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
@@ -63,6 +66,12 @@ def _raised(batches: Iterable[Batch | DataError]) -> Iterator[Batch]:
         if isinstance(batch, DataError):
             raise batch
         yield batch
+
+
+def _steadfast(number: int) -> None:
+    """Leave signals to the process that trains: who stops a whole group would take its batches away before it can write."""
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Any:  # noqa: ANN401 - batches are made whole by the data set

@@ -25,7 +25,7 @@ _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def accelerator(plan: TrainPlan, folder: Path) -> Accelerator:
-    """Device, precision and processes of one training; trackers write below ``folder``, if they write to disk.
+    """Device, precision and processes of one training; TensorBoard and W&B write below ``folder``.
 
     Raises:
         BackendError: this machine lacks what the plan asks for.

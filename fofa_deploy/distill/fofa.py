@@ -77,7 +77,7 @@ class FeatureBranch(Term):
         due = self.due
         self.steps += self.training
         if not due:
-            return {"fofa": self._distance(aligned, targets), "regularizer": _nothing(self.prompts)}
+            return {"fofa": self._distance(aligned, targets)}
         return self._beside(aligned, targets) if self._plan.path == "side" else self._within(lesson, aligned, targets)
 
     def _within(self, lesson: Lesson, aligned: Maps, targets: Maps) -> dict[str, Tensor]:
@@ -197,8 +197,3 @@ def _pair(stage: int, pairs: int) -> int:
 def _unprompted(prompts: nn.ModuleDict, pairs: int, plan: FofaPlan) -> tuple[str, ...]:
     left_out = [str(stage) for stage in sorted(set(plan.prompted_stages)) if str(_pair(stage, pairs)) not in prompts]
     return (f"teacher stages without the prompt that was asked for: {', '.join(left_out)}",) if left_out else ()
-
-
-def _nothing(module: nn.Module) -> Tensor:
-    """A zero that every parameter has a part in: distributed training waits for the gradient of each."""
-    return torch.stack([parameter.sum() for parameter in module.parameters()]).sum() * 0.0

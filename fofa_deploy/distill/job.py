@@ -182,7 +182,7 @@ def retraining(plan: RunPlan) -> DistillPlan:
     """
     usual = plan.distill or DistillPlan(method="none")
     method = "+".join(term for term in usual.terms if term in LOGIT_TERMS and term != "ofa") or "kd"
-    changes = {"epochs": plan.qat.epochs, "lr": plan.qat.lr or usual.lr / 10, "warmup_epochs": 0.1 * plan.qat.epochs}
+    changes = {"epochs": plan.qat.epochs, "lr": plan.qat.lr or usual.lr / 10, "warmup_epochs": 0.1 * plan.qat.epochs, "ema": 0.0}
     return usual.model_copy(update={**changes, "method": method, "compile": False})
 
 

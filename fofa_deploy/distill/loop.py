@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from fofa_deploy.config import TrainPlan
 from fofa_deploy.data import Data, Split, epoch_batches, eval_batches, preprocessing
 from fofa_deploy.data.sources import Indices, Pixels
-from fofa_deploy.distill import checkpoint, engine, parallel
+from fofa_deploy.distill import average, checkpoint, engine, parallel
 from fofa_deploy.distill.batches import Batch, Batches, read
 from fofa_deploy.distill.interrupt import interruptible
 from fofa_deploy.distill.objective import Losses, Objective
@@ -50,11 +50,11 @@ class Trainer:
         objective: student, teacher and loss; one call is one forward pass.
         data: the student's images.
         seed: of everything random.
-        folder: checkpoints and ``curve.json``; given again, training goes on where it stopped.
+        folder: of checkpoints; given again, training goes on where it stopped.
         shown: the same images as the teacher sees them, where its size is another.
 
     Raises:
-        TrainingError: loss, gradients or statistics left the finite numbers; the last checkpoint is good.
+        TrainingError: loss, gradients or statistics left the finite numbers; checkpoints, if there are any yet, are good.
         TrainingError: another process of the training is gone.
         PlanError: a batch is too small to be shared by the processes.
         BackendError: this machine lacks what the plan asks for.
@@ -83,13 +83,14 @@ class Trainer:
         self._normalize = Normalize(self._preprocessing).to(self._device)
         if plan.channels_last:
             self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._average = _copy(self._student) if plan.ema else None
+        self._average = average.twin(self._student) if plan.ema else None
         self._transform()
         optimizer = torch.optim.AdamW(objective.parameter_groups(plan.lr, plan.weight_decay), fused=True)
         self._wrapped, self._optimizer = self._engine.prepare(objective, optimizer)
         self._step = 0
         self._offset = 0  # batches of the current epoch that are done
-        self._sums: dict[str, float] = {}  # of this process
+        self._sums: dict[str, float] = {}  # of this process, over the images of the epoch that a term has seen
+        self._seen: dict[str, int] = {}
         self._last: dict[str, float] = {}
         self._seconds = 0.0
         self._curve: list[Epoch] = []
@@ -130,7 +131,7 @@ class Trainer:
             with tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
                 while len(self._curve) < self._plan.epochs:
                     self._run_epoch(task, interrupted)
-                self._heed(interrupted)  # Ctrl-C while the last epoch was being validated
+                    self._heed(interrupted)
         if self._best is not None:
             self._student.load_state_dict(self._best)
         return tuple(self._curve)
@@ -147,6 +148,7 @@ class Trainer:
             self._track()
             if self._heed(interrupted, due=now - saved > self._plan.checkpoint_seconds):
                 saved = now
+        self._heed(interrupted)  # a validation may take longer than whoever stops processes is willing to wait
         self._finish_epoch()
 
     def _heed(self, interrupted: threading.Event, due: bool = False) -> bool:
@@ -182,7 +184,7 @@ class Trainer:
             self._diverged("the gradient is not finite")
         self._optimizer.step()
         if self._average is not None:
-            _average(self._average, self._student, self._plan.ema)
+            average.follow(self._average, self._student, self._plan.ema, self._step)
         self._step += 1
         self._offset += 1
 
@@ -195,7 +197,7 @@ class Trainer:
         self._engine.backward(losses.total * weight)
         for name, value in self._last.items():
             self._sums[name] = self._sums.get(name, 0.0) + value * len(labels)
-        self._sums["images"] = self._sums.get("images", 0.0) + len(labels)
+            self._seen[name] = self._seen.get(name, 0) + len(labels)
 
     def _forward(self, images: Pixels, labels: Indices, shown: Pixels | None) -> Losses:
         target = torch.from_numpy(labels).to(self._device, non_blocking=True)
@@ -216,8 +218,8 @@ class Trainer:
 
     def _note(self) -> str:
         last = f" top1 {self._curve[-1].top1:.4f}" if self._curve and self._curve[-1].top1 is not None else ""
-        speed = parallel.size() * self._sums["images"] / max(self._seconds, 1e-9)
-        loss = _means(self._sums)["total"]
+        speed = parallel.size() * self._seen["total"] / max(self._seconds, 1e-9)
+        loss = self._sums["total"] / self._seen["total"]
         return f"epoch {len(self._curve) + 1}/{self._plan.epochs} loss {loss:.4f}{last} {speed:.0f} images/s"
 
     def _track(self) -> None:
@@ -227,7 +229,8 @@ class Trainer:
     def _finish_epoch(self) -> None:
         model = self._average if self._average is not None else self._student
         top1 = self._validate(model)
-        means = _means(_added(parallel.every(self._sums)))
+        sums, seen = (_added(each) for each in zip(*parallel.every((self._sums, self._seen)), strict=True))
+        means = {name: value / seen[name] for name, value in sums.items()}
         loss = means.pop("total")
         self._curve.append(
             Epoch(
@@ -246,7 +249,7 @@ class Trainer:
             self._engine.log(engine.flat(shown, "epoch"), self._step)
         if top1 > self._best_top1:
             self._best_top1, self._best = top1, {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-        self._offset, self._sums, self._seconds = 0, {}, 0.0
+        self._offset, self._sums, self._seen, self._seconds = 0, {}, {}, 0.0
         self._save()
 
     def _validate(self, model: nn.Module) -> float:
@@ -271,12 +274,12 @@ class Trainer:
 
     def _diverged(self, what: str) -> None:
         terms = ", ".join(f"{name} {value:.4g}" for name, value in self._last.items() if name != "total")
-        action = f"lower {self._name}'s lr or train in fp32; the last checkpoint in {self._folder} is from before"
+        action = f"lower {self._name}'s lr or train in fp32; a checkpoint in {self._folder} is from before"
         raise TrainingError(f"{what} at step {self._step} ({terms})", action)
 
     def _save(self) -> None:
         """By rank 0; nobody goes on, or away, before it is done."""
-        mine = {"sums": dict(self._sums), "rng": checkpoint.random_state()}
+        mine = {"sums": dict(self._sums), "seen": dict(self._seen), "rng": checkpoint.random_state()}
         ranks = parallel.every(mine)
         if parallel.rank() == 0:
             checkpoint.save(self._folder / "checkpoints", self._step, {**self._state(), "ranks": ranks})
@@ -306,7 +309,8 @@ class Trainer:
             return
         try:
             self._objective.load_state_dict(state["objective"])
-        except RuntimeError as error:  # the plan cannot be another one: the run directory sees to that
+            self._resume_as(parallel.rank(), state["ranks"])
+        except (RuntimeError, KeyError) as error:  # the plan cannot be another one: the run directory sees to that
             problem = f"the checkpoints in {self._folder} are of another version of fofa-deploy"
             raise IntegrityError(problem, "go on with that version, or remove that folder to train from the start") from error
         self._optimizer.load_state_dict(state["optimizer"])
@@ -317,7 +321,6 @@ class Trainer:
         self._best, self._best_top1 = state["best"], state["best_top1"]
         self._step, self._offset, self._seconds = state["step"], state["offset"], state["seconds"]
         self._curve = [Epoch.model_validate(epoch) for epoch in state["curve"]]
-        self._resume_as(parallel.rank(), state["ranks"])
         self._progress.say(f"{self._name}: going on from step {self._step}")
         if state["made_with"] != _made_with():
             self._progress.say(f"notice: it was begun with {state['made_with']}, now it is {_made_with()}: not bit-identical")
@@ -325,10 +328,10 @@ class Trainer:
     def _resume_as(self, rank: int, ranks: list[dict[str, Any]]) -> None:
         """Take up one process's own state, or, where their number has changed, share out what counts."""
         if len(ranks) == parallel.size():
-            self._sums = ranks[rank]["sums"]
+            self._sums, self._seen = ranks[rank]["sums"], ranks[rank]["seen"]
             checkpoint.set_random_state(ranks[rank]["rng"])
         elif rank == 0:
-            self._sums = _added([each["sums"] for each in ranks])
+            self._sums, self._seen = (_added([each[name] for each in ranks]) for name in ("sums", "seen"))
 
 
 def _values(losses: Losses) -> dict[str, float]:
@@ -337,31 +340,10 @@ def _values(losses: Losses) -> dict[str, float]:
     return dict(zip(named, torch.stack([value.double() for value in named.values()]).tolist(), strict=True))
 
 
-def _added(sums: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(each.get(name, 0.0) for each in sums) for name in sums[0]}
-
-
-def _means(sums: dict[str, float]) -> dict[str, float]:
-    return {name: value / sums["images"] for name, value in sums.items() if name != "images"}
+def _added(sums: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {name: sum(each.get(name, 0) for each in sums) for name in sums[0]}
 
 
 def _made_with() -> dict[str, Any]:
     """What a bit-identical resumption needs to be the same."""
     return {"torch": str(torch.__version__), "threads": torch.get_num_threads(), "processes": parallel.size()}
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    import copy
-
-    twin = copy.deepcopy(model)
-    return twin.requires_grad_(False)
-
-
-@torch.no_grad()
-def _average(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Exponential moving average of the weights; counters and other integers are copied."""
-    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
-            mean.copy_(value)

@@ -37,7 +37,9 @@ def test_every_form_trains_all_its_parts_and_leaves_the_teacher_alone(form, obje
     optimizer = torch.optim.AdamW(made.parameter_groups(1e-3, 0.05))
     for seed in range(3):
         assert step(made, batch(seed=seed), optimizer).total.isfinite()
-        assert all(p.grad is not None for p in made.parameters())
+        untaught = [name for name, parameter in made.named_parameters() if parameter.grad is None]
+        assert all(".prompts." in name for name in untaught), "on some steps prompts may rest, and nothing else"
+    assert not untaught
     assert all(torch.equal(value, before[name]) for name, value in made.teacher.state_dict().items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import signal
 import subprocess
@@ -18,10 +19,12 @@ from PIL import Image
 
 from fofa_deploy.config import DataPlan, load_plan
 from fofa_deploy.data import load_data
-from fofa_deploy.distill import checkpoint
+from fofa_deploy.distill import average, checkpoint
 from fofa_deploy.distill.engine import _parts as parts_of
 from fofa_deploy.distill.engine import compiled
+from fofa_deploy.distill.fofa import FeatureBranch
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_summary
+from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.tapped import TappedModel
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.errors import BackendError, DataError, IntegrityError, InterruptedRunError, TrainingError
@@ -251,8 +254,103 @@ def test_a_teacher_below_its_floor_is_refused():
 
 def test_bf16_autocast_trains(tmp_path, teacher):
     plan = small_plan("distill.precision='bf16'", "distill.epochs=1", "distill.channels_last=true")
-    distilled(plan, tmp_path / "student", teacher)
-    assert read_curve(tmp_path / "student")[0].loss > 0
+    seen = set()
+
+    def look(_, inputs, output):
+        seen.add(output.dtype)
+
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: look(module, inputs, output) if isinstance(module, torch.nn.Linear) else None
+    ):
+        distilled(plan, tmp_path / "student", teacher)
+    assert torch.bfloat16 in seen
+    (epoch,) = read_curve(tmp_path / "student")
+    assert 0 < epoch.losses["ce"] < 5
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero(tmp_path, teacher, monkeypatch):
+    rates, step = [], Trainer._train_step
+
+    def stepped(self, *batch):
+        step(self, *batch)
+        rates.append(self._optimizer.param_groups[0]["lr"])
+
+    monkeypatch.setattr(Trainer, "_train_step", stepped)
+    plan = ("data.limit=160", "distill.method='none'", "distill.epochs=4", "distill.warmup_epochs=1", "distill.lr=0.1")
+    distilled(small_plan(*plan), tmp_path / "student", teacher)
+    length = len(rates) // 4
+    assert rates[:length] == pytest.approx([0.1 * (at + 1) / (length + 1) for at in range(length)])
+    falling = [0.05 * (1 + math.cos(math.pi * at / (3 * length))) for at in range(3 * length)]
+    assert rates[length:] == pytest.approx(falling)
+
+
+def test_averaged_weights_follow_soon_and_then_slowly():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False), torch.nn.BatchNorm1d(1))
+    model[1].weight = model[0].weight  # tied: one tensor, twice in the state
+    twin, expected = average.twin(model), float(model[0].weight.detach())
+    for step in range(200):
+        with torch.no_grad():
+            model[0].weight.fill_(step)
+        model[2].num_batches_tracked.fill_(step)
+        average.follow(twin, model, 0.9, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+    assert float(twin[0].weight) == pytest.approx(expected, rel=1e-5)
+    assert float(twin[0].weight) == pytest.approx(199 - 0.9 / 0.1, abs=0.1), "by now that of a constant decay"
+    assert int(twin[2].num_batches_tracked) == 199
+    assert not twin[0].weight.requires_grad
+
+
+def test_a_short_training_with_averaged_weights_is_worth_as_much(tmp_path, teacher):
+    plan = ("data.limit=800", "distill.method='none'", "distill.epochs=6", "distill.checkpoint_seconds=60")
+    for name, decay in (("plain", 0.0), ("averaged", 0.9998)):
+        distilled(small_plan(*plan, f"distill.ema={decay}"), tmp_path / name, teacher)
+    plain, averaged = (read_summary(tmp_path / name).top1 for name in ("plain", "averaged"))
+    assert plain > 0.25
+    assert averaged > 0.8 * plain
+
+
+def test_terms_are_averaged_over_the_images_that_they_saw(tmp_path, teacher, monkeypatch):
+    """Prompts on every second step: their losses are not those of half of what they saw."""
+    seen, forward = [], FeatureBranch.forward
+    monkeypatch.setattr(FeatureBranch, "forward", lambda self, lesson: seen.append(forward(self, lesson)) or seen[-1])
+    fofa = "distill.fofa={stages=2,width=16,heads=2,prompt_every=2}"
+    plan = ("data.limit=128", "distill.epochs=1", fofa, "distill.weights={supervision=1.0}")
+    distilled(small_plan(*plan), tmp_path / "student", teacher)
+    taught = [float(terms["supervision"].detach()) for terms in seen if "supervision" in terms]
+    (epoch,) = read_curve(tmp_path / "student")
+    assert 0 < len(taught) < len(seen)
+    assert epoch.losses["supervision"] == pytest.approx(sum(taught) / len(taught), rel=1e-5)
+
+
+GROUP = """
+import sys, time
+from pathlib import Path
+from test_loop import distilled, small_plan
+from fofa_deploy.distill.loop import Trainer
+run = Trainer._train_step
+def stepped(self, *batch):
+    if self._step == 2:
+        print("now", flush=True)
+        time.sleep(1)
+    run(self, *batch)
+Trainer._train_step = stepped
+plan = small_plan("distill.workers=2", "data.limit=800")
+distilled(plan, Path(sys.argv[1]), (plan.teacher, Path(sys.argv[2])))
+"""
+
+
+def test_a_whole_group_that_is_told_to_stop_leaves_a_checkpoint(tmp_path, teacher):
+    """As torchrun and batch systems stop: data loader workers get the signal, too, before the step has ended."""
+    command = [sys.executable, "-c", GROUP, str(tmp_path / "student"), str(teacher[1])]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parent, start_new_session=True, **streams) as process:
+        assert process.stdout.readline() == "now\n"
+        os.killpg(process.pid, signal.SIGTERM)
+        _, told = process.communicate(timeout=180)
+    assert "InterruptedRunError: interrupted at step 3, checkpoint written" in told
+    state, _ = checkpoint.load_newest(tmp_path / "student" / "checkpoints")
+    assert state["step"] == 3
 
 
 def test_trackers_get_the_curve(tmp_path, teacher):

@@ -122,7 +122,7 @@ def curves_agree(one: Path, other: Path) -> None:
         assert b.losses == pytest.approx(a.losses, rel=CLOSE, abs=ROUNDING)
     weights = load_file(other / WEIGHTS)
     # The bias of attention's keys has no gradient but that of rounding, of which Adam makes steps nevertheless.
-    assert all(torch.allclose(value, weights[name], rtol=1e-3, atol=5e-5) for name, value in load_file(one / WEIGHTS).items())
+    assert all(torch.allclose(value, weights[name], rtol=1e-3, atol=2e-4) for name, value in load_file(one / WEIGHTS).items())
 
 
 @pytest.fixture(scope="module")
