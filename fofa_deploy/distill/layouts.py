@@ -73,7 +73,7 @@ def _token_grid(count: int, height: int, width: int) -> tuple[int, int]:
     if sides[0] * sides[1] != count:
         raise ModelError(
             f"{count} tokens do not form a grid with the proportions {height}x{width}",
-            "train on images with the proportions that the model was tapped with",
+            "train on images with the proportions that the model was tapped with, and drop no tokens (patch_drop_rate)",
         )
     return sides
 

@@ -77,6 +77,7 @@ class Objective(nn.Module):
         student = self.student(images)
         terms = {"ce": functional.cross_entropy(student.logits.float(), labels, label_smoothing=self.plan.label_smoothing)}
         if self.terms:
+            _check_grids(self.student, student)
             lesson = self._lesson(images if shown is None else shown, labels, student)
             for name, term in self.terms.items():
                 if self._teaches(name):
@@ -169,6 +170,14 @@ def _freeze(teacher: TappedModel) -> TappedModel:
 def _listed(model: nn.Module) -> set[str]:
     listed = getattr(model, "no_weight_decay", None)
     return set(listed()) if callable(listed) else set()
+
+
+def _check_grids(model: TappedModel, seen: Features) -> None:
+    """The model was looked at in eval mode: what drops tokens in training would be taken for a smaller image."""
+    for stage, grid in zip(model.stages, seen.maps, strict=True):
+        if grid.shape[1:] != stage.shape:
+            problem = f"{stage.module} passes {tuple(grid.shape[1:])} in training, and {stage.shape} otherwise"
+            raise ModelError(problem, "switch off what drops tokens in training, such as patch_drop_rate")
 
 
 def _check(student: TappedModel, teacher: TappedModel | None, plan: DistillPlan) -> None:

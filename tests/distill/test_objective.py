@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from timm.layers import PatchDropout
 from torch import nn
 
 from fofa_deploy.config import DistillPlan
@@ -401,3 +402,12 @@ def test_compiled_in_parts_both_models_learn_as_uncompiled_ones_do(objective, ba
         )
     told = [one.diagnostics(*batch(count=5)) for one in made]
     assert told[1] == pytest.approx(told[0], abs=1e-5)
+
+
+def test_a_student_that_drops_tokens_in_training_is_refused(objective, batch):
+    made = objective("vit", "cnn", method="fofa+dist")
+    made.student.model.patch_drop = PatchDropout(0.75)  # 16 tokens become 4, which look like a grid
+    with torch.no_grad():
+        made.eval()(*batch())
+    with pytest.raises(ModelError, match=r"passes \(192, 2, 2\) in training, and \(192, 4, 4\) otherwise.*"):
+        made.train()(*batch())
