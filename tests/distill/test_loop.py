@@ -413,3 +413,22 @@ def test_models_are_cut_where_no_feature_is_taken(teacher):
     held = [name for name, _ in tapped.model.named_parameters() if any(name.startswith(f"{part}.") for part in parts)]
     assert len(held) > 20
     assert not [stage.module for stage in tapped.stages for part in parts if stage.module.startswith(f"{part}.")]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interruption_after_an_epochs_last_step_does_not_wait_for_its_validation(tmp_path, teacher, monkeypatch, workers):
+    whole = distilled(small_plan(), tmp_path / "whole", teacher)
+    step, validate = Trainer._train_step, Trainer._validate
+
+    def stepped(self, *batch):
+        step(self, *batch)
+        if self._offset == self._epoch_length:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_train_step", stepped)
+    monkeypatch.setattr(Trainer, "_validate", lambda *_: pytest.fail("validated"))
+    with pytest.raises(InterruptedRunError, match="interrupted at step 3, checkpoint written"):
+        distilled(small_plan(), tmp_path / "student", teacher)
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    monkeypatch.setattr(Trainer, "_validate", validate)
+    assert distilled(small_plan(f"distill.workers={workers}"), tmp_path / "student", teacher) == whole
