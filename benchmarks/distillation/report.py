@@ -11,7 +11,6 @@ from statistics import mean, median, stdev
 import study
 from scipy import stats
 
-HERE = Path(__file__).parent
 FORM_REFERENCE = "no feedback"
 MUTED = "†"
 Block = tuple[str, int]

@@ -120,9 +120,12 @@ def curves_agree(one: Path, other: Path) -> None:
     assert [(a.step, a.top1) for a, _ in pairs] == [(b.step, b.top1) for _, b in pairs]
     for a, b in pairs:
         assert b.losses == pytest.approx(a.losses, rel=CLOSE, abs=ROUNDING)
-    weights = load_file(other / WEIGHTS)
-    # The bias of attention's keys has no gradient but that of rounding, of which Adam makes steps nevertheless.
-    assert all(torch.allclose(value, weights[name], rtol=1e-3, atol=2e-4) for name, value in load_file(one / WEIGHTS).items())
+    weights = [load_file(folder / WEIGHTS) for folder in (one, other)]
+    for found in weights:
+        for bias in (value for name, value in found.items() if name.endswith("qkv.bias")):
+            # That of attention's keys has no gradient but that of rounding, of which Adam makes steps nevertheless.
+            bias.chunk(3)[1].zero_()
+    assert all(torch.allclose(value, weights[1][name], rtol=1e-3, atol=5e-5) for name, value in weights[0].items())
 
 
 @pytest.fixture(scope="module")
