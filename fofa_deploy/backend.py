@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
-from fofa_deploy.errors import BackendError
+from fofa_deploy.errors import BackendError, IntegrityError
 from fofa_deploy.types import Artifact, Calibration, Feeds, Graph, HardwareProfile, LayerTime, ModelFile, Precision, Probe, Recipe
 
 GROUP = "fofa_deploy.backends"
@@ -135,6 +135,18 @@ def get_backend(name: str) -> Backend:
     if not isinstance(backend, Backend) or backend.name != name:
         raise BackendError(f"{points[name].value} is not a back end named {name!r}", "see exporters/README.md for the seam")
     return backend
+
+
+def is_native(name: str) -> bool:
+    """Whether a back end's files are machine code: opening one is running it."""
+    backend = get_backend(name)
+    return isinstance(backend, FileOpener) and backend.native
+
+
+def untrusted(path: Path) -> IntegrityError:
+    """What to say of a native back end's file from elsewhere."""
+    problem = f"{path} is machine code: opening it can do all that you can do on this machine"
+    return IntegrityError(problem, "if you built it, or trust who did, say so with --trust-engine")
 
 
 def float_recipe(backend: Backend, profile: HardwareProfile, graph: Graph) -> Recipe:

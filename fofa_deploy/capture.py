@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from fofa_deploy.data import Split
+from fofa_deploy.environment import package_versions
 from fofa_deploy.errors import GraphError
 from fofa_deploy.inference import predict
 from fofa_deploy.pixels import take_pixels
@@ -35,6 +36,11 @@ FAULTS = (
     *(RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError),
 )
 """What exporters raise, what their graphs are refused for, and what a forward() may raise that is given symbols for numbers."""
+
+
+def tool_versions() -> dict[str, str]:
+    """Of what makes a graph, and checks it."""
+    return package_versions(("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"))
 
 
 def capture(

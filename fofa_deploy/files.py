@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fofa_deploy import environment
-from fofa_deploy.backend import FileOpener, get_backend
-from fofa_deploy.errors import DataError, FofaError, IntegrityError, UnavailableError, UserError
+from fofa_deploy.backend import FileOpener, get_backend, is_native, untrusted
+from fofa_deploy.errors import DataError, FofaError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.measure import Candidate, FileCandidate, measure
 from fofa_deploy.profile import find_profile
@@ -87,13 +87,8 @@ def describe(request: FileRequest) -> ModelFile:
         action = f"name another --target, or have it built: fofa-deploy profile model.onnx --profile {request.profile.name}"
         raise UserError(f"{backend.name} does not open {request.path.name}: {known}", action)
     if backend.native and not request.trusted:
-        raise _untrusted(request.path)
+        raise untrusted(request.path)
     return backend.describe_file(request.path, request.profile)
-
-
-def _untrusted(path: Path) -> IntegrityError:
-    problem = f"{path} is machine code: opening it can do all that you can do on this machine"
-    return IntegrityError(problem, "if you built it, or trust who did, say so with --trust-engine")
 
 
 @dataclass(frozen=True)
@@ -164,8 +159,8 @@ def _artifact(folder: Path, trusted: bool) -> Artifact:
             problem, "several models are measured as they are: name files and artifacts' folders, or one run directory alone"
         )
     artifact = Artifact.load(folder)
-    if artifact.path.suffix in ENGINES and not trusted:
-        raise _untrusted(artifact.path)
+    if is_native(artifact.backend) and not trusted:
+        raise untrusted(artifact.path)
     return artifact
 
 

@@ -46,6 +46,12 @@ class Candidate(Frozen):
     golden: Path
     batch: int = 1
 
+    @property
+    def opened_for(self) -> HardwareProfile:
+        """The profile at this batch size alone: a runtime may compile a model of its own for every one that it is told."""
+        execution = self.profile.execution.model_copy(update={"batch_sizes": (self.batch,)})
+        return self.profile.model_copy(update={"execution": execution})
+
 
 class FileCandidate(Frozen):
     """The same of a model file that others built; ``feeds`` is an .npz with one array per input, in the file's order."""
@@ -68,7 +74,7 @@ class Runner:
             images = np.resize(arrays["images"], (request.batch, *arrays["images"].shape[1:]))
         self._feeds: Feeds = {sidecar.input.name: np.ascontiguousarray(images)}
         self._sha256 = artifact.sha256
-        self._open(started, request.profile, lambda: get_backend(artifact.backend).load(artifact, request.profile))
+        self._open(started, request.profile, lambda: get_backend(artifact.backend).load(artifact, request.opened_for))
 
     def _open(self, started: int, profile: HardwareProfile, load: Callable[[], Session]) -> None:
         opened = time.perf_counter_ns()

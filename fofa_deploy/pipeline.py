@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from fofa_deploy import __version__, environment
-from fofa_deploy.capture import capture, write_expected
+from fofa_deploy.capture import capture, tool_versions, write_expected
 from fofa_deploy.config import AUTO, AccuracyPlan, ModelPlan, RunPlan, TeacherPlan, size_name
 from fofa_deploy.data import Data, load_data, preprocessing, write_splits
 from fofa_deploy.distill import parallel
@@ -33,6 +33,7 @@ from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
 from fofa_deploy.select.apart import settled
+from fofa_deploy.select.candidates import code_of
 from fofa_deploy.select.record import Selection
 from fofa_deploy.select.search import select_student
 from fofa_deploy.store import Store
@@ -149,7 +150,8 @@ class Run:
     def _selection_inputs(self) -> dict[str, object]:
         plan = self.plan
         decided = {"select": plan.select, "budget": plan.budget, "targets": self.profiles, "size": plan.data.image_size}
-        return {**decided, "distill": plan.distill and plan.distill.decisive(), **plan.export.inputs(), **self._training_inputs()}
+        method = {"code": code_of(plan.select, self.profiles[0]), "distill": plan.distill and plan.distill.decisive()}
+        return {**decided, **method, **plan.export.inputs(), **self._training_inputs()}
 
     def _training_inputs(self) -> dict[str, object]:
         return {"data": self.data.digest, "seed": self.plan.seed, "teacher": self.teacher and taught_inputs(*self.teacher)}
@@ -209,8 +211,8 @@ class Run:
 
     def _capture(self, stage: str, plan: ModelPlan, folder: Path) -> Path:
         def inputs() -> dict[str, object]:
-            versions = environment.package_versions(("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"))
-            return {**self._model_inputs(plan, folder), **self.plan.export.inputs(), "data": self.data.digest, "versions": versions}
+            model = self._model_inputs(plan, folder)
+            return {**model, **self.plan.export.inputs(), "data": self.data.digest, "versions": tool_versions()}
 
         def work(out: Path) -> None:
             self.progress.say(f"capture {plan.model}")
@@ -362,12 +364,10 @@ def opened(plan: RunPlan, out: Path, progress: Progress, force: bool = False, *,
 
 
 def follow(plan: RunPlan) -> bool:
-    """In a process that a launcher started beside rank 0: take part in its trainings to the end, then tell True.
-
-    Rank 0, and a process that is alone, is told False at once, and does everything else.
-    """
+    """Whether this process was launched beside rank 0: it has then taken part in all trainings, and is done."""
     if parallel.rank() == 0:
         return False
+    parallel.join()  # before the data are read, which may take longer than rank 0 waits to be met
     Workshop(load_data(plan.data, plan.seed), plan.seed, plan.threads, Quiet()).follow()
     return True
 

@@ -93,7 +93,7 @@ class TrainPlan(Frozen):
 
 class TeacherPlan(ModelPlan):
     floor_top1: Fraction | None = Field(default=None, description="least validation accuracy; default: 3x chance, at most 0.9")
-    fit: TrainPlan | None = Field(default=None, description="train it first, when it comes without weights")
+    fit: TrainPlan | None = Field(default=None, description="train it first, from the weights it comes with, if any")
 
     def decisive(self) -> dict[str, Any]:
         """The fields that decide the weights."""
@@ -163,6 +163,8 @@ class WeightsPlan(Frozen):
 
 LOGIT_TERMS = ("kd", "dkd", "dist", "ofa")
 FEATURE_TERMS = ("fofa", "rsd", "fitnet")
+MAP_TERMS = ("fofa", "fitnet", "ofa")
+"""Those that look at maps between a network's stages; the others do with logits, or with what enters the classifier."""
 
 
 class DistillPlan(TrainPlan):
@@ -191,6 +193,14 @@ class DistillPlan(TrainPlan):
         if parts and not set(parts) & set(LOGIT_TERMS):
             parts.insert(0, "kd")
         return tuple(dict.fromkeys(parts))
+
+    @model_validator(mode="after")
+    def _prompted(self) -> Self:
+        held = self.weights.anchor or self.weights.supervision or self.fofa.prompt_share < 1
+        if self.fofa.path == "side" and held:
+            unused = "weights.anchor and supervision, and prompt_share"
+            raise ValueError(f"with fofa.path 'side' no teacher is prompted: leave out {unused}")
+        return self
 
     @field_validator("method")
     @classmethod

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -347,13 +347,20 @@ class Artifact(Frozen):
         """Read ``artifact.json`` and digest every file again.
 
         Raises:
-            IntegrityError: a file is missing or is not the recorded one; nothing of it reaches a runtime.
+            IntegrityError: the record is missing, malformed or names files elsewhere, or a file is not the recorded one; nothing
+                of it reaches a runtime.
         """
         import json
 
-        fields: dict[str, Any] = json.loads((folder / "artifact.json").read_bytes())
-        artifact = cls.model_validate({**fields, "folder": folder})
-        check_records(folder, artifact.files, "built", "build the artifact again")
+        record, action = folder / "artifact.json", "build the artifact again"
+        try:
+            artifact = cls.model_validate({**json.loads(record.read_bytes()), "folder": folder})
+        except (OSError, ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+            raise IntegrityError(f"{record} is no record of an artifact: {str(error).splitlines()[0]}", action) from error
+        root = folder.resolve()
+        if outside := [file.path for file in artifact.files if root not in (folder / file.path).resolve().parents]:
+            raise IntegrityError(f"{record} names {outside[0]!r}, which leaves its folder", action)
+        check_records(folder, artifact.files, "built", action)
         return artifact
 
 

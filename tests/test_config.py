@@ -107,6 +107,8 @@ def test_a_number_too_long_to_read_is_a_mistake(tmp_path):
         (("distill.fofa.heads=7",), "must be a multiple of heads (7)"),
         (("distill.fofa.stages=2", "distill.fofa.prompted_stages=[3]"), "prompted_stages must lie between 1 and stages (2)"),
         (("distill.fofa.prompted_stages=[0]",), "prompted_stages must lie between 1 and stages (4), or count back from -1"),
+        (("distill.fofa.path='side'", "distill.weights.anchor=1.0"), "with fofa.path 'side' no teacher is prompted"),
+        (("distill.fofa={path='side',prompt_share=0.5}",), "leave out weights.anchor and supervision, and prompt_share"),
         (("distill.fofa.prompted_stages=[-5]",), "prompted_stages must lie between 1 and stages (4), or count back from -1"),
         (('required=["cpu-openvino"]',), "not in targets: cpu-openvino"),
         (("targets=[]",), "targets: must not be empty"),

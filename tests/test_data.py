@@ -12,7 +12,7 @@ from fofa_deploy.config import DataPlan
 from fofa_deploy.data import augmented, epoch_batches, eval_batches, load_data, preprocessing, scan, write_split
 from fofa_deploy.data.batches import uniform
 from fofa_deploy.data.sources import check_labels
-from fofa_deploy.data.splits import Split, stratified
+from fofa_deploy.data.splits import ORIGIN, Split, stratified
 from fofa_deploy.errors import DataError
 from fofa_deploy.inference import Normalize
 from fofa_deploy.progress import Quiet
@@ -406,3 +406,18 @@ def test_numpy_and_torch_normalize_alike_bit_for_bit(mean, std):
     for channel in range(3):
         textbook = (images[:, channel] / 255 - known.mean[channel]) / known.std[channel]
         assert np.allclose(ours[:, channel], textbook, atol=1e-6)
+
+
+def test_a_split_tells_which_images_it_has_whatever_their_size_and_labels(digits, tmp_path):
+    splits = {
+        "same": digits.validation,
+        "larger": digits.at((12, 12)).validation,
+        "fewer": digits.validation.head(10),
+        "others": Split(digits.validation.source, digits.validation.indices[::-1]),
+    }
+    told = {}
+    for name, split in splits.items():
+        write_split(split, tmp_path / name, Quiet(), name)
+        told[name] = (tmp_path / name / ORIGIN).read_text()
+    assert told["same"] == told["larger"]
+    assert len(set(told.values())) == 3

@@ -273,6 +273,22 @@ def test_an_engine_is_opened_for_those_who_trust_it_alone(tmp_path, suffix, targ
     assert "--trust-engine" in caught.value.action
 
 
+def test_an_artifact_is_an_engine_by_its_back_end_and_not_by_its_name(tmp_path):
+    """Its record is its own word: a main file of any name reaches the runtime that the record names."""
+    folder = build(write_graph(tmp_path / "graph"), "cpu-onnxruntime", tmp_path / "built")
+    record = folder / "artifact.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"backend": "tensorrt-rtx"}))
+    with pytest.raises(IntegrityError, match="is machine code"):
+        subjects([folder], Wish(targets=(find_profile("rtx-desktop"),)), SETTINGS)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"backend": 1, "files": [null]}'])
+def test_an_artifact_without_a_sound_record_is_told(tmp_path, content):
+    (tmp_path / "artifact.json").write_text(content)
+    with pytest.raises(IntegrityError, match=r"artifact\.json is no record of an artifact"):
+        subjects([tmp_path], Wish(), SETTINGS)
+
+
 def test_a_trusted_engine_needs_its_device(tmp_path):
     backend, profile = get_backend("tensorrt-rtx"), find_profile("rtx-desktop")
     probe = backend.probe(profile)

@@ -51,6 +51,21 @@ def test_a_runner_times_every_run(candidates, name):
     assert described["device"]
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_runtime_is_told_of_the_measured_batch_size_alone(candidates, monkeypatch, batch):
+    """OpenVINO compiles a model for each that it is told of, and one for any other, which is slower."""
+    real, told = module.get_backend("onnxruntime"), []
+
+    class Watched:
+        def load(self, artifact, profile):
+            told.append(profile.execution.batch_sizes)
+            return real.load(artifact, profile)
+
+    monkeypatch.setattr(module, "get_backend", lambda name: Watched())
+    Runner(candidates["cpu-onnxruntime"].model_copy(update={"batch": batch}))
+    assert told == [(batch,)]
+
+
 def test_garbage_collection_waits_and_comes_back(candidates):
     import gc
 

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import write_graph
 
+from fofa_deploy import diagnosis
 from fofa_deploy.cli import cli
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan, load_plan
-from fofa_deploy.errors import PlanError
+from fofa_deploy.errors import ChildError, IntegrityError, PlanError
 from fofa_deploy.judge import failures
-from fofa_deploy.pipeline import compress_and_export
+from fofa_deploy.pipeline import compress_and_export, reopened
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.report import read_report
@@ -209,6 +211,40 @@ def test_the_same_file_with_other_options_is_verified_anew(finished, tmp_path):
         for one in (artifact, artifact, other):
             bench.verify(find_profile("cpu-openvino"), one, "validation")
         assert [stage.reused for stage in store.timings] == [False, True, False]
+
+
+def test_an_artifact_of_another_graph_is_not_taken_for_this_ones(finished, tmp_path):
+    """As after a training with other settings into the same run directory, before anything was built again."""
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    recipe = Artifact.load(copy / "artifacts" / "cpu-openvino" / "fp32").recipe
+    settings = Settings(AccuracyPlan(), MeasurePlan(), LimitsPlan(), Budget(), seed=0, build=False)
+    with Store(copy) as store:
+        graph = write_graph(copy / "trained-again")
+        bench = Workbench(store, graph.path.parent, Evidence(copy / "graph" / "golden.npz"), None, settings, Quiet(), graph)
+        profile = find_profile("cpu-openvino")
+        with pytest.raises(IntegrityError, match="was built from another graph than trained-again") as caught:
+            bench.build(profile, recipe, diagnosis.probe(profile))
+    assert "quantize" in caught.value.action
+
+
+def test_a_target_that_fails_on_the_test_images_alone_is_told_and_ends_nothing(finished, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(finished[0], copy)
+    verify = Workbench.verify
+
+    def failing(self, profile, artifact, split):
+        if split == "test" and profile.name == "cpu-openvino":
+            raise ChildError("took longer than 1 s", "raise limits.run_seconds")
+        return verify(self, profile, artifact, split)
+
+    monkeypatch.setattr(Workbench, "verify", failing)
+    with reopened(copy, Quiet(), stored=True) as run:
+        tuner = run.tuner(build=False)
+        rows = {profile.name: next(row for row in tuner.tune(profile) if row.chosen) for profile in run.profiles}
+    assert rows["cpu-openvino"].reason.endswith("; test images: took longer than 1 s")
+    assert rows["cpu-openvino"].top1 is None
+    assert rows["cpu-onnxruntime"].top1 > 0
 
 
 def test_a_copied_run_is_verified_without_its_data(finished, tmp_path):

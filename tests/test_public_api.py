@@ -14,7 +14,7 @@ SIGNATURES = {
     "fofa_deploy.pipeline.compress_and_export": "(plan, out, progress, force=False)",
     "fofa_deploy.gate.check.check": "(candidate, baseline, progress, options=None)",
     "fofa_deploy.gate.pytest_plugin.Gate.check": (
-        "(self, candidate, baseline=None, *, quick=False, trend=False, profile=None, inconclusive='skip')"
+        "(self, candidate, baseline=None, *, quick=False, trend=False, profile=None, trust_engine=False, inconclusive='skip')"
     ),
     "fofa_deploy.profile.find_profile": "(name_or_path)",
     "fofa_deploy.profile.installed_profiles": "()",

@@ -514,6 +514,22 @@ def test_a_cut_archive_is_refused(candidates, tmp_path):
         receive.unpack(tmp_path / "x.zip", tmp_path)
 
 
+@pytest.mark.parametrize("how", ["scrambled", "encrypted"])
+def test_an_archive_whose_content_cannot_be_read_is_refused(tmp_path, how):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("entry", b"some text, " * 20)
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    if how == "scrambled":
+        start = content.index(b"entry") + len(b"entry")
+        content[start : start + 8] = bytes(byte ^ 0xFF for byte in content[start : start + 8])
+    else:
+        content[6] |= 1
+        content[content.index(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(receive.RefusedError, match="not a sound zip"):
+        receive.unpack(tmp_path / "x.zip", tmp_path / "out")
+
+
 # --- results that are not believed
 
 

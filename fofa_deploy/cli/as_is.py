@@ -67,7 +67,7 @@ def as_is_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--target", "targets", multiple=True, metavar="PROFILE", help="Measure files as they are, there; repeatable."),
         click.option("--shape", "shapes", multiple=True, callback=_shapes, metavar="[NAME=]1x3x224x224", help="Of a file's input."),
         click.option("--inputs", type=options.FILE, help="A file's inputs: .npz with an array for each; default: noise."),
-        click.option("--trust-engine", is_flag=True, help="Open engine files: they are machine code, and can do what you can."),
+        options.trust_engine,
     )
     for decorate in reversed(decorators):
         wrapped = decorate(wrapped)

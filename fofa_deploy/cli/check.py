@@ -26,6 +26,7 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--quick", is_flag=True, help="5 launches per look instead of the plan's 8.")
 @click.option("--trend", is_flag=True, help="Take a baseline of another device or other tools; latency fails nothing then.")
 @options.hardware
+@options.trust_engine
 @click.option("--junit", type=FILE, help="Write JUnit XML here.")
 @click.option("--markdown", type=FILE, help="Write Markdown here; $GITHUB_STEP_SUMMARY gets it, too, where it is set.")
 @click.option("--history", type=FILE, help="Append the figures to this file, one JSON line per check.")
@@ -39,6 +40,7 @@ def command(
     quick: bool,
     trend: bool,
     profile_name: str | None,
+    trust_engine: bool,
     junit: Path | None,
     markdown: Path | None,
     history: Path | None,
@@ -59,7 +61,7 @@ def command(
     from fofa_deploy.gate.sinks import write
 
     timed = bool(update_baseline or history)
-    settings = Options(quick=quick, trend=trend, timed=timed, profile=profile_name)
+    settings = Options(quick=quick, trend=trend, timed=timed, profile=profile_name, trusted=trust_engine)
     report, kept = check(candidate, baseline, progress(quiet), settings)
     _render(report, junit, markdown)
     if history:

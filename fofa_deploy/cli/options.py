@@ -18,4 +18,7 @@ force = click.option("--force", is_flag=True, help="Go on in a run directory tha
 quiet = click.option("--quiet", is_flag=True, help="No progress on standard error.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 hardware = click.option("--profile", "profile_name", help="Hardware profile, by name or path (see fofa-deploy profiles).")
+trust_engine = click.option(
+    "--trust-engine", is_flag=True, help="Open engine files: they are machine code, and can do what you can."
+)
 images = click.option("--images", type=EXISTING_FOLDER, help="Folder of real images, for calibration and comparison.")

@@ -165,7 +165,7 @@ class FileSource:
     def at(self, plan: DataPlan) -> FileSource:
         twin = copy.copy(self)
         twin._plan = plan
-        twin.__dict__.pop("digest", None)  # which may be of decoded images
+        twin.digest = self.digest  # of the same originals, even where it was taken of decoded images
         return twin
 
     @cached_property

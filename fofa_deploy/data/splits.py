@@ -16,6 +16,8 @@ from fofa_deploy.errors import DataError
 from fofa_deploy.progress import Progress
 from fofa_deploy.store import digest
 
+ORIGIN = "origin.txt"
+
 
 @dataclass(frozen=True)
 class Split:
@@ -101,9 +103,13 @@ def write_splits(data: Data, sizes: VerifyPlan, folder: Path, progress: Progress
 
 
 def write_split(split: Split, folder: Path, progress: Progress, name: str) -> None:
-    """``images.npy`` uint8 (N,C,H,W) and ``labels.npy`` int64 (N,), in bounded memory; names every broken file at once."""
+    """``images.npy`` uint8 (N,C,H,W) and ``labels.npy`` int64 (N,), in bounded memory; names every broken file at once.
+
+    `ORIGIN` tells which images they are, whatever their size.
+    """
     folder.mkdir(parents=True)
     np.save(folder / "labels.npy", split.labels)
+    (folder / ORIGIN).write_text(digest([split.source.digest, array_digest(split.indices)]))
     broken: list[str] = []
     writer: NDArray[np.uint8] | None = None
     with progress.task(f"read {name}", len(split)) as task:

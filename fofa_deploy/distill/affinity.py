@@ -55,7 +55,10 @@ def _features(model: TappedModel, count: int, images: Split, normalize: Normaliz
 
 def linear_cka(one: Tensor, other: Tensor) -> float | None:
     """Features (N, D1) and (N, D2) of the same N inputs -> 0 to 1; None where one of them is constant or not finite."""
-    one, other = (features.double() - features.double().mean(0) for features in (one, other))
+    raw = one.double(), other.double()
+    one, other = (features - features.mean(0) for features in raw)
+    if any(spread.norm() <= 1e-9 * features.norm() for spread, features in zip((one, other), raw, strict=True)):
+        return None
     cross, own, their = ((a.T @ b).square().sum() for a, b in ((one, other), (one, one), (other, other)))
     scale = float((own * their).sqrt())
     if not 0 < scale < float("inf"):

@@ -19,6 +19,10 @@ _SURPRISE = 10.0
 head that starts at zero, a correlation's gradient is a millionfold, and would be remembered for a thousand steps."""
 
 
+_ABOVE_UNDERFLOW = 2.0**10
+"""In fp16 a mean over a map passes back less than the smallest number there is; elsewhere a power of two changes nothing."""
+
+
 class GradientBalance(nn.Module):
     """Scales of the terms: the norm of cross-entropy's gradient at the student's weights over that of the term's.
 
@@ -60,6 +64,9 @@ class GradientBalance(nn.Module):
 
 def _gradient_norm(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     """Of the whole batch, wherever its parts are: averaged over processes first, whose parts differ by one image at most."""
-    gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    norm: Tensor = averaged(torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])).norm()
-    return norm
+    for scale in (_ABOVE_UNDERFLOW, 1.0):
+        gradients = torch.autograd.grad(scale * term, parameters, retain_graph=True, allow_unused=True)
+        norm: Tensor = averaged(torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])).norm()
+        if norm.isfinite():
+            break
+    return norm / scale

@@ -97,7 +97,7 @@ class ExitBranch(nn.Sequential):
 
     def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
         channels, height, width = shape
-        halvings = max(0, max(height, width).bit_length() - 3)
+        halvings = max(0, (max(height, width) - 1).bit_length() - 2)
         blocks = [layer for _ in range(halvings) for layer in _separable(channels)]
         super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LayerNorm(channels), nn.Linear(channels, classes))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fofa_deploy.config import LOGIT_TERMS, DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
+from fofa_deploy.config import LOGIT_TERMS, MAP_TERMS, DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
 from fofa_deploy.data import Data, Split, eval_batches, preprocessing
 from fofa_deploy.distill import parallel
 from fofa_deploy.distill.affinity import affinity
@@ -121,7 +121,7 @@ class Workshop:
         """How alike a trained student and its teacher see validation images (:mod:`fofa_deploy.distill.affinity`), 0 to 1."""
         teacher_plan, taught = taught_by
         pair = [(plan, folder), (teacher_plan, taught)]
-        student, teacher = (self._tapped(self.load(p, f), p, method) for p, f in pair)
+        student, teacher = (self._tapped(self.load(p, f), p, method.fofa.stages) for p, f in pair)
         images, shown = (self.seen_by(p).validation for p, _ in pair)
         return affinity(student, teacher, images, shown, Normalize(preprocessing(self.data.plan)), method.fofa.regions)
 
@@ -130,14 +130,15 @@ class Workshop:
         return (normalize(torch.from_numpy(images)) for images, _ in eval_batches(split, CALIBRATION_BATCH))
 
     def _objective(self, model: nn.Module, plan: ModelPlan, method: DistillPlan, taught_by: Taught | None = None) -> Objective:
-        student = self._tapped(model, plan, method)
+        stages = method.fofa.stages if set(method.terms) & set(MAP_TERMS) else 0
+        student = self._tapped(model, plan, stages)
         if taught_by is None:
             return Objective(student, None, method)
         teacher_plan, folder = taught_by
-        return Objective(student, self._tapped(self.load(teacher_plan, folder), teacher_plan, method), method)
+        return Objective(student, self._tapped(self.load(teacher_plan, folder), teacher_plan, stages), method)
 
-    def _tapped(self, model: nn.Module, plan: ModelPlan, method: DistillPlan) -> TappedModel:
-        return tap(model, self._shape(plan), stages=method.fofa.stages, names=plan.taps)
+    def _tapped(self, model: nn.Module, plan: ModelPlan, stages: int) -> TappedModel:
+        return tap(model, self._shape(plan), stages=stages, names=plan.taps)
 
     def _shape(self, plan: ModelPlan) -> tuple[int, int, int]:
         """(C,H,W) of what a model sees."""

@@ -39,6 +39,9 @@ from fofa_deploy.results import Epoch
 DIAGNOSED = 512
 """Validation images that per-epoch diagnostics look at."""
 
+SKIPPED = 50
+"""Steps in a row that an fp16 training may lose: halved so often, no scale is too large."""
+
 TRACKED = 50
 """Steps between two entries in the trackers."""
 
@@ -88,6 +91,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(objective.parameter_groups(plan.lr, plan.weight_decay), fused=True)
         self._wrapped, self._optimizer = self._engine.prepare(objective, optimizer)
         self._step = 0
+        self._skipped = 0  # steps in a row
         self._offset = 0  # batches of the current epoch that are done
         self._sums: dict[str, float] = {}  # of this process, over the images of the epoch that a term has seen
         self._seen: dict[str, int] = {}
@@ -169,7 +173,7 @@ class Trainer:
     def _train_step(self, images: Pixels, labels: Indices, shown: Pixels | None, total: int) -> None:
         """One step of the optimizer, by this process's images of a batch of ``total``."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate() * group.get("lr_scale", 1.0)
+            group["lr"] = self._rate()
         self._optimizer.zero_grad(set_to_none=True)
         pieces = np.array_split(np.arange(len(labels)), self._plan.accumulate)
         for number, piece in enumerate(pieces, 1):
@@ -180,7 +184,9 @@ class Trainer:
                 self._backward(images[part], labels[part], None if shown is None else shown[part], weight)
         parameters = [p for p in self._objective.parameters() if p.requires_grad]
         norm = self._engine.clip_grad_norm_(parameters, self._plan.clip_norm)
-        if self._engine.scaler is None and not norm.isfinite():
+        # With a scaler, which looks for the largest scale that fp16 holds, a step is skipped now and then.
+        self._skipped = 0 if norm.isfinite() else self._skipped + 1
+        if self._skipped > (SKIPPED if self._engine.scaler is not None else 0):
             self._diverged("the gradient is not finite")
         self._optimizer.step()
         if self._average is not None:
@@ -263,7 +269,8 @@ class Trainer:
     def _diagnose(self) -> dict[str, float]:
         """The teacher's and the prompted teacher's accuracy and KL(z_T || z_T'), on validation images."""
         sums: Counter[str] = Counter()
-        views = [eval_batches(one.validation.head(DIAGNOSED), self._plan.batch_size) for one in (self._data, self._shown) if one]
+        size = max(1, self._plan.batch_size // (parallel.size() * self._plan.accumulate))  # what memory is known to hold
+        views = [eval_batches(one.validation.head(DIAGNOSED), size) for one in (self._data, self._shown) if one]
         for (images, labels), *other in zip(*views, strict=True):
             shown = [self._input(pixels) for pixels, _ in other]
             sums.update(self._objective.diagnostics(self._input(images), torch.from_numpy(labels).to(self._device), *shown))
@@ -274,7 +281,7 @@ class Trainer:
 
     def _diverged(self, what: str) -> None:
         terms = ", ".join(f"{name} {value:.4g}" for name, value in self._last.items() if name != "total")
-        action = f"lower {self._name}'s lr or train in fp32; a checkpoint in {self._folder} is from before"
+        action = f"lower its lr or train in fp32: {self._name} then starts anew"
         raise TrainingError(f"{what} at step {self._step} ({terms})", action)
 
     def _save(self) -> None:

@@ -210,11 +210,23 @@ def find_taps(model: nn.Module, images: Tensor, names: Sequence[str]) -> tuple[l
 # --- classifier -----------------------------------------------------------------------------------------------
 
 
-def _classifiers(model: nn.Module) -> list[nn.Module]:
+def _classifiers(model: nn.Module, images: Tensor) -> list[nn.Module]:
     get = getattr(model, "get_classifier", None)
-    declared = get() if callable(get) else model
+    declared = get() if callable(get) else _last_to_classify(model, images)
     parts = declared if isinstance(declared, tuple | list | nn.ModuleList) else [declared]
     return [_last_layer(part) for part in parts if isinstance(part, nn.Module)]
+
+
+def _last_to_classify(model: nn.Module, images: Tensor) -> nn.Module | None:
+    """Of a model that declares no classifier, the last layer to run that gives as many numbers per image as there are classes."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    ran: list[tuple[str, int]] = []
+
+    def visit(name: str, _: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+        ran.append((name, output[0].numel() if isinstance(output, Tensor) and len(output) == _BATCH else 0))
+
+    classes = watch(model, images, visit, tuple(layers))[0].numel() if layers else 0
+    return next((layers[name] for name, numbers in reversed(ran) if numbers == classes), None)
 
 
 def _last_layer(part: nn.Module) -> nn.Module:
@@ -224,7 +236,7 @@ def _last_layer(part: nn.Module) -> nn.Module:
 
 def find_heads(model: nn.Module, images: Tensor) -> tuple[tuple[str, ...], int | None]:
     """Names of the classifier layers and the width of the vectors that enter them."""
-    classifiers = _classifiers(model)
+    classifiers = _classifiers(model, images)
     names = tuple(name for name, module in model.named_modules() if any(module is part for part in classifiers))
     widths: dict[str, int | None] = {}
 

@@ -29,8 +29,9 @@ class Prefix:
     """The outermost modules of ``teacher`` that finish before what enters stage ``first`` is bent.
 
     A module is left out, and computed twice, where handing out its result would not be the same: it runs more than once,
-    returns anything but a tensor, is written over later, or has a tap inside. Where the prompted pass sees the first part of
-    the batch alone, what is not one row per image (windows of Swin, a table of positions) is left out, too.
+    returns anything but a tensor, is written over later, has a tap inside, or lies inside of what was compiled. Where the
+    prompted pass sees the first part of the batch alone, what is not one row per image (windows of Swin, a table of
+    positions) is left out, too.
 
     Args:
         teacher: frozen, in eval mode.
@@ -102,7 +103,9 @@ def _safe(teacher: TappedModel, first: int, images: Tensor, whole: bool) -> list
         teacher.model(images)
     before = bent_at[0] if bent_at else set()
     tapped = [stage.module for stage in teacher.stages]
-    safe = [name for name in calls if name in before and _replayable(calls[name]) and not _holds(name, tapped)]
+    kernels = [name for name, module in teacher.model.named_modules() if "forward" in vars(module)]
+    candidates = [name for name in calls if name in before and not any(_holds(kernel, [name]) for kernel in kernels)]
+    safe = [name for name in candidates if _replayable(calls[name]) and not _holds(name, tapped)]
     return safe if whole else [name for name in safe if calls[name][0].output.shape[:1] == images.shape[:1]]
 
 

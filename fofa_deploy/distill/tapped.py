@@ -90,7 +90,7 @@ class TappedModel(nn.Module):
 
     Args:
         stages: where features are read, shallow to deep.
-        entries: what enters each stage, where a prompt goes; None = this stage cannot be prompted (see ``notices``).
+        entries: what enters each stage, where a prompt goes; None = it cannot be told apart, and the stage not be prompted.
         heads: names of the classifier layers, whose input is the embedding.
         classes: K, width of the logits.
         embedding_width: D, or None where the model has no classifier layer with a vector input.

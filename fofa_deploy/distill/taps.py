@@ -139,6 +139,7 @@ def tap(model: nn.Module, image_shape: tuple[int, int, int], stages: int = 4, na
     Declared features (timm) need no names. A model with fewer taps than ``stages`` has fewer stages.
 
     Args:
+        stages: how many; with 0 nothing needs to be declared or named.
         names: modules to tap, for models that declare nothing or to overrule what is declared.
 
     Raises:
@@ -147,13 +148,12 @@ def tap(model: nn.Module, image_shape: tuple[int, int, int], stages: int = 4, na
     images = probe_images(model, image_shape)
     with frozen_in_eval(model):
         classes = _count_classes(model, images)
+        heads, width = find_heads(model, images)
+        if not stages:
+            return TappedModel(model, (), (), heads, classes, width)
         taps, notices = find_taps(model, images, names)
         ends = choose(taps, stages)
         written = overwritten(model, images, [taps[end].stage for end in ends])
         entries = _entries(model, images, taps, ends)
-        heads, width = find_heads(model, images)
     chosen = tuple(replace(taps[end].stage, copy=taps[end].stage.module in written) for end in ends)
-    for number, (stage, entry) in enumerate(zip(chosen, entries, strict=True), 1):
-        if entry is None:
-            notices.append(f"stage {number} cannot be prompted: what enters {stage.module} cannot be told apart")
     return TappedModel(model, chosen, entries, heads, classes, width, tuple(notices))

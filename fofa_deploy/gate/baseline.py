@@ -63,8 +63,10 @@ def write_baseline(path: Path, report: GateReport, kept: Mapping[str, Kept]) -> 
         The JSON file.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: there is nothing to keep, or the folder cannot be written.
     """
+    if not kept:
+        raise UserError("no target has an artifact to keep", "see the findings, and give a candidate that runs here")
     file = path if path.suffix == ".json" else path / NAME
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

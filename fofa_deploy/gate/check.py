@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 
 from fofa_deploy import __version__, environment
 from fofa_deploy.config import AccuracyPlan, GatePlan, LimitsPlan
-from fofa_deploy.errors import DataError, StageError, UnavailableError
+from fofa_deploy.errors import DataError, StageError, UnavailableError, UserError
 from fofa_deploy.gate import rules, statistics
 from fofa_deploy.gate.answers import AnswerRequest, Answers
 from fofa_deploy.gate.baseline import Kept
@@ -43,6 +44,8 @@ class Options:
     """Time the candidate even where nothing has to be judged by it: for a new baseline."""
     profile: str | None = None
     gate: GatePlan | None = None
+    trusted: bool = False
+    """Open engines of baselines, bundles and artifact folders: they are machine code."""
 
 
 def check(
@@ -58,8 +61,8 @@ def check(
         UnavailableError: the baseline belongs to another device or other tools, and ``options.trend`` is not set.
     """
     options = options or Options()
-    sides = open_source(candidate, options.profile), open_source(baseline, options.profile) if baseline else None
-    return Check(*sides, progress, options).run()
+    opened = partial(open_source, profile=options.profile, trusted=options.trusted)
+    return Check(opened(candidate), opened(baseline) if baseline else None, progress, options).run()
 
 
 @dataclass
@@ -75,9 +78,14 @@ class _Target:
     throughput: Finding | None = None
     broken: StageError | None = None
 
+    @cached_property
+    def away(self) -> str:
+        """Why this machine is not the target; empty where it may be."""
+        return environment.mismatch(self.pair.profile)
+
     @property
     def undecided(self) -> bool:
-        return any(finding and finding.verdict is Verdict.INCONCLUSIVE for finding in (self.latency, self.budget, self.throughput))
+        return any(finding and _open(finding) for finding in (self.latency, self.budget, self.throughput))
 
 
 class Check:
@@ -86,6 +94,9 @@ class Check:
     def __init__(self, candidate: Source, baseline: Source | None, progress: Progress, options: Options) -> None:
         self._started, self._here = time.monotonic(), environment.describe()
         self._sources, self._progress, self._options = (candidate, baseline), progress, options
+        if not candidate.subjects and not candidate.unmet:
+            action = "finish the run, on a machine that runs its targets"
+            raise UserError(f"{candidate.path} has no artifact that could be judged", action)
         plan = candidate.plan or (baseline.plan if baseline else None)
         self._gate = options.gate or (plan.gate if plan else GatePlan())
         self._limits = plan.limits if plan else LimitsPlan()
@@ -114,8 +125,9 @@ class Check:
             with _breaking(target):
                 self._answer(target)
         self._race()
+        unmet = self._sources[0].unmet
         findings = [
-            *(_missing(name) for name in self._missing),
+            *(_missing(name, unmet.get(name, "see the candidate's report")) for name in sorted({*self._missing, *unmet})),
             *(finding for target in self._targets for finding in self._judge(target)),
         ]
         if self._options.trend:
@@ -136,13 +148,15 @@ class Check:
             commit=next((os.environ[name] for name in COMMITS if os.environ.get(name)), None),
             environment=self._here,
         )
-        return report, {target.pair.target: _kept(target) for target in self._targets if not target.broken}
+        return report, {target.pair.target: _kept(target) for target in self._targets if not target.broken and not target.away}
 
     # --- accuracy -------------------------------------------------------------------------------------------------
 
     def _answer(self, target: _Target) -> None:
         """Both sides' answers, image by image; the same artifact answers once."""
         pair = target.pair
+        if target.away:
+            return
         if pair.candidate.images is None:
             if pair.candidate.kept:
                 target.own = Answers(classes=pair.candidate.kept[0])
@@ -172,7 +186,7 @@ class Check:
         """Two looks at most, by rule: what the first leaves open gets as many launches again, and that is the end."""
         asked = QUICK_LAUNCHES if self._options.quick else self._gate.launches
         tests = [t.paired for t in self._targets if t.paired and t.paired.testable]
-        racing = [target for target in self._targets if self._timed(target) and not target.broken]
+        racing = [target for target in self._targets if self._timed(target) and not target.broken and not target.away]
         launches = statistics.launches_for(asked, len(tests) + len(racing))
         for error in statistics.LOOKS:
             for target in racing:
@@ -215,13 +229,13 @@ class Check:
         slower, faster = self._adjusted(duels)
         for target in racing:
             name = target.pair.target
-            if name in duels:
+            if name in duels and _open(target.latency):
                 noise = Noise.of(target.series, self._gate.margin)
                 key = (name, "latency")
                 target.latency = rules.judge_latency(name, duels[name], noise, slower[key], faster[key], error, self._gate)
-            if limits := self._p90_limits(target.pair):
+            if (limits := self._p90_limits(target.pair)) and _open(target.budget):
                 target.budget = rules.judge_p90_budget(name, target.series, min(limits))
-            if least := self._throughput_limits(target.pair):
+            if (least := self._throughput_limits(target.pair)) and _open(target.throughput):
                 batch = target.pair.profile.execution.batch_sizes[0]
                 target.throughput = rules.judge_throughput_budget(name, target.series, batch, max(least))
 
@@ -248,6 +262,10 @@ class Check:
             reason = target.broken.message.splitlines()[0]
             yield Finding(target=pair.target, metric="run", verdict=Verdict.FAIL, reason=reason)
             return
+        if target.away:
+            reason = f"{target.away}: check it there"
+            yield Finding(target=pair.target, metric="device", verdict=Verdict.INCONCLUSIVE, reason=reason)
+            return
         yield from self._judge_accuracy(target, figures.accuracy)
         yield from self._judge_latency(target)
         for budget in (self._budget, pair.profile.budget):
@@ -273,6 +291,9 @@ class Check:
         if target.paired is not None:
             worse, better = (p.get((pair.target, "accuracy"), 1.0) for p in self._adjusted(self._duels()))
             yield rules.judge_accuracy(pair.target, name, target.paired, worse, better, self._gate.accuracy_margin)
+        elif pair.same:
+            reason = "the same artifact: as accurate by definition, not run again"
+            yield Finding(target=pair.target, metric=name, verdict=Verdict.PASS, reason=reason)
         elif pair.baseline is not None and (pair.baseline.images or pair.baseline.kept):
             reason = "the candidate brings no images to answer: give its run directory"
             yield Finding(target=pair.target, metric=name, verdict=Verdict.FAIL, reason=reason)
@@ -306,14 +327,18 @@ def _breaking(target: _Target) -> Iterator[None]:
         target.broken = error
 
 
-def _missing(target: str) -> Finding:
-    reason = "the baseline has this target, the candidate has no verified artifact for it: see the candidate's report"
-    return Finding(target=target, metric="artifact", verdict=Verdict.FAIL, reason=reason)
+def _open(finding: Finding | None) -> bool:
+    """What a look has decided, the next one does not look at again."""
+    return finding is None or finding.verdict is Verdict.INCONCLUSIVE
+
+
+def _missing(target: str, why: str) -> Finding:
+    return Finding(target=target, metric="artifact", verdict=Verdict.FAIL, reason=f"no verified artifact for this target: {why}")
 
 
 def _as_trend(finding: Finding) -> Finding:
     """Across devices or tools latency is shown and not judged."""
-    judged = finding.metric not in ("latency", "p90", "p99", "self-check")
+    judged = finding.metric not in ("latency", "p90", "p99", "self-check", "device")
     if judged or finding.verdict in (Verdict.PASS, Verdict.IMPROVED):
         return finding
     return finding.model_copy(update={"verdict": Verdict.PASS, "reason": f"trend, not judged: {finding.reason}"})

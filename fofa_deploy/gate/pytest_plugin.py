@@ -30,6 +30,7 @@ class Gate:
         quick: bool = False,
         trend: bool = False,
         profile: str | None = None,
+        trust_engine: bool = False,
         inconclusive: Literal["skip", "fail"] = "skip",
     ) -> GateReport:
         """As ``fofa-deploy check``: fails the test on a regression.
@@ -47,7 +48,7 @@ class Gate:
         from fofa_deploy.gate.verdicts import Verdict, summary
         from fofa_deploy.progress import Quiet
 
-        settings = Options(quick=quick, trend=trend, profile=profile)
+        settings = Options(quick=quick, trend=trend, profile=profile, trusted=trust_engine)
         report, _ = check(Path(candidate), None if baseline is None else Path(baseline), Quiet(), settings)
         told = summary(report)
         self.node.user_properties.append(("fofa_gate", told))

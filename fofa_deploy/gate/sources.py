@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import weakref
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fofa_deploy.config import RunPlan, load_plan
-from fofa_deploy.errors import DataError, IntegrityError, PlanError, UserError
+from fofa_deploy.backend import is_native, untrusted
+from fofa_deploy.config import RunPlan, load_plan, size_name
+from fofa_deploy.data.splits import ORIGIN
+from fofa_deploy.errors import DataError, IntegrityError, UserError
 from fofa_deploy.gate.answers import classes_of
 from fofa_deploy.gate.baseline import BaselineTarget, baseline_file, kept_files, read_baseline
 from fofa_deploy.measure import Candidate
 from fofa_deploy.profile import find_profile
 from fofa_deploy.report import read_report
-from fofa_deploy.results import Environment, RunReport
+from fofa_deploy.results import Environment, RunReport, TargetRow
 from fofa_deploy.runner.receive import RefusedError, unpack
 from fofa_deploy.store import digest
-from fofa_deploy.types import Artifact, HardwareProfile, digest_file
+from fofa_deploy.types import Artifact, HardwareProfile, Status, digest_file
 
 PLAN, ARTIFACT, GOLDEN = "plan.json", "artifact.json", "golden.npz"
 SPLITS = ("test", "validation")
@@ -51,8 +53,10 @@ class Images:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for two runs whose answers can be paired image by image."""
-        return digest_file(self.folder / ("labels.npy" if self.labelled else "images.npy"))
+        """Equal for two runs whose answers can be paired image by image; the images themselves may differ in size."""
+        told = digest_file(self.folder / ("labels.npy" if self.labelled else "images.npy"))
+        origin = self.folder / ORIGIN
+        return digest([told, origin.read_text()]) if origin.is_file() and self.labelled else told
 
 
 @dataclass(frozen=True)
@@ -86,21 +90,34 @@ class Source:
     environment: Environment | None = None
     plan: RunPlan | None = None
     recorded: dict[str, BaselineTarget] | None = None
+    unmet: dict[str, str] = field(default_factory=dict)
+    """A run's targets for which nothing that was tried is good enough, and why."""
 
 
-def open_source(path: Path, profile: str | None = None) -> Source:
+def open_source(path: Path, profile: str | None = None, *, trusted: bool = False) -> Source:
     """Whatever ``path`` is: a run directory, a baseline (folder or JSON), an artifact's folder, or a bundle.
 
     Args:
-        profile: name or path of the hardware profile of a bare artifact or bundle; a run brings its own.
+        profile: name or path of the hardware profile of a bare artifact, a bundle or a baseline's target; a run brings its own.
+        trusted: machine code of whatever is no run directory, which its user made or asked for, may be opened.
 
     Raises:
         UserError: it is none of these, or holds files that are not the recorded ones.
+        IntegrityError: it brings machine code that nobody said is trusted.
     """
+    source = _opened(path, profile)
+    if source.plan is None and not trusted:
+        for artifact in (subject.artifact for subject in source.subjects.values()):
+            if is_native(artifact.backend):
+                raise untrusted(artifact.path)
+    return source
+
+
+def _opened(path: Path, profile: str | None) -> Source:
     if not path.exists():
         raise UserError(f"{path} does not exist", "check the path")
     if file := baseline_file(path):
-        return _baseline(file)
+        return _baseline(file, profile)
     if path.suffix == ".zip":
         return _bundle(path, profile)
     if (path / PLAN).is_file():
@@ -116,24 +133,33 @@ def open_source(path: Path, profile: str | None = None) -> Source:
 def _run(root: Path) -> Source:
     plan, report = load_plan(str(root / PLAN)), read_report(root)
     profiles = {profile.name: profile for profile in map(find_profile, plan.targets)}
-    chosen = {row.target: row for row in report.targets if row.chosen and row.artifact}
+    # Rows of devices and profiles that the plan does not name are there, too: `profile` keeps what it measured.
+    rows = {name: [row for row in report.targets if row.target == name] for name in profiles}
+    chosen = {name: row for name, tried in rows.items() for row in tried if row.chosen and row.artifact}
     subjects = {}
     for target, row in chosen.items():
-        if target not in profiles:
-            raise PlanError(f"{root}/report.json has a target {target!r} that its plan has not", "finish the run again")
-        artifact = load_artifact(_below(root, str(row.artifact)))
+        artifact = Artifact.load(_below(root, str(row.artifact)))
         if artifact.sha256 != row.sha256:
             raise IntegrityError(f"{artifact.path} is not the artifact of {root}/report.json", "finish the run again")
-        subjects[target] = Subject(target, artifact, profiles[target], *_evidence(root, plan))
-    return Source(root, subjects, _environment(report), plan)
+        subjects[target] = Subject(target, artifact, profiles[target], *_evidence(root, plan, artifact))
+    unmet = {name: why for name, tried in rows.items() if name not in chosen and (why := _wanting(tried))}
+    return Source(root, subjects, _environment(report), plan, unmet=unmet)
+
+
+def _wanting(rows: Sequence[TargetRow]) -> str:
+    """Why nothing of what was tried is good enough; empty where nothing could be tried here."""
+    return "; ".join(f"{row.recipe}: {row.reason}" for row in rows if row.status in (Status.REJECTED, Status.FAILED))
 
 
 def _environment(report: RunReport) -> Environment:
     return next((row.environment for row in report.targets if row.chosen and row.environment), report.environment)
 
 
-def _evidence(root: Path, plan: RunPlan) -> tuple[Path, Images | None]:
-    found = (Images(root / "data" / name, root / "expected" / f"{name}.npy", plan.data.labelled) for name in SPLITS)
+def _evidence(root: Path, plan: RunPlan, artifact: Artifact) -> tuple[Path, Images | None]:
+    """Golden inputs, and images at the size that the artifact takes."""
+    own = root / f"data-{size_name(artifact.sidecar.preprocessing.image_size)}"
+    data = own if own.is_dir() else root / "data"
+    found = (Images(data / name, root / "expected" / f"{name}.npy", plan.data.labelled) for name in SPLITS)
     images = next((i for i in found if (i.folder / "images.npy").is_file() and i.logits.is_file()), None)
     return root / "graph" / GOLDEN, images
 
@@ -147,7 +173,7 @@ def _below(root: Path, relative: str) -> Path:
 
 def _artifact(folder: Path, profile: str | None) -> Source:
     """A bare artifact folder; one inside a run directory is compared with that run's images."""
-    artifact = load_artifact(folder)
+    artifact = Artifact.load(folder)
     root = next((parent for parent in folder.resolve().parents if (parent / PLAN).is_file()), None)
     if root is None:
         hardware = find_profile(profile) if profile else None
@@ -157,7 +183,7 @@ def _artifact(folder: Path, profile: str | None) -> Source:
     plan, target = load_plan(str(root / PLAN)), folder.resolve().parent.name
     profiles = {found.name: found for found in map(find_profile, [*plan.targets, *([profile] if profile else [])])}
     hardware = profiles.get(target)
-    return Source(folder, {target: Subject(target, artifact, hardware, *_evidence(root, plan))}, plan=plan)
+    return Source(folder, {target: Subject(target, artifact, hardware, *_evidence(root, plan, artifact))}, plan=plan)
 
 
 def _bundle(file: Path, profile: str | None) -> Source:
@@ -175,34 +201,18 @@ def _bundle(file: Path, profile: str | None) -> Source:
     return source
 
 
-def _baseline(file: Path) -> Source:
-    baseline = read_baseline(file)
+def _baseline(file: Path, profile: str | None) -> Source:
+    baseline, given = read_baseline(file), find_profile(profile) if profile else None
     subjects = {}
     for target, entry in baseline.targets.items():
         kept = kept_files(file, target, entry)
-        artifact = load_artifact(kept.artifact)
+        artifact = Artifact.load(kept.artifact)
         if artifact.sha256 != entry.figures.sha256:
             raise IntegrityError(f"{artifact.path} is not the artifact that {file} records", "write the baseline again")
         answers = (kept.classes, str(kept.truth)) if kept.classes is not None else None
-        subjects[target] = Subject(target, artifact, None, kept.golden, kept=answers)
+        hardware = given if given and given.name == target else None
+        subjects[target] = Subject(target, artifact, hardware, kept.golden, kept=answers)
     return Source(file, subjects, baseline.environment, recorded=dict(baseline.targets))
-
-
-def load_artifact(folder: Path) -> Artifact:
-    """`Artifact.load`, with a record that is missing, malformed or leaves its folder told as what it is.
-
-    Raises:
-        IntegrityError: and nothing of it reaches a runtime.
-    """
-    root = folder.resolve()
-    try:
-        files = [str(record["path"]) for record in json.loads((folder / ARTIFACT).read_bytes())["files"]]
-        if outside := [path for path in files if root not in (folder / path).resolve().parents]:
-            raise IntegrityError(f"{folder / ARTIFACT} names {outside[0]!r}, which leaves its folder", "build the artifact again")
-        return Artifact.load(folder)
-    except (OSError, ValueError, LookupError, TypeError) as error:  # pydantic's ValidationError is a ValueError
-        problem = f"{folder / ARTIFACT} is no record of an artifact: {str(error).splitlines()[0]}"
-        raise IntegrityError(problem, "build the artifact again") from error
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,7 +49,7 @@ def unpack(file: Path, folder: Path) -> None:
             _check(entries)
             for entry in entries:
                 _write(archive, entry, folder / entry.filename)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:  # RuntimeError: encrypted
         raise RefusedError(f"{file.name} is not a sound zip file: {error}") from error
 
 

@@ -13,8 +13,9 @@ from importlib import resources
 
 from pydantic import Field
 
-from fofa_deploy.config import CandidatePlan, ModelPlan, Size, size_name
+from fofa_deploy.config import CandidatePlan, ModelPlan, SelectPlan, Size, size_name
 from fofa_deploy.errors import PlanError
+from fofa_deploy.models import code_identity
 from fofa_deploy.select.variants import named_grid
 from fofa_deploy.types import Frozen, HardwareProfile
 
@@ -29,6 +30,16 @@ class Candidate(Frozen):
     student: ModelPlan
     image_size: Size = Field(description="height, width")
     ready: bool = Field(default=False, description="the teacher itself: its accuracy is known, and nothing is trained")
+
+
+def listed(plan: SelectPlan, profile: HardwareProfile) -> tuple[CandidatePlan, ...]:
+    """The plan's list, or the one for its first target's kind of device."""
+    return plan.candidates or listed_for(profile)
+
+
+def code_of(plan: SelectPlan, profile: HardwareProfile) -> list[object]:
+    """What defines the candidates beside their plans."""
+    return [code_identity(line) for line in listed(plan, profile)]
 
 
 def listed_for(profile: HardwareProfile) -> tuple[CandidatePlan, ...]:

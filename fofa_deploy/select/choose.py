@@ -23,7 +23,7 @@ class NobodyFitsError(PlanError):
 
 
 class Speed(Frozen):
-    """A candidate on one target, in its fastest recipe. Missing figures miss every limit that is set on them."""
+    """A candidate on one target, in the recipe that counts. Missing figures miss every limit that is set on them."""
 
     name: str
     p50_ms: PositiveFloat
@@ -76,6 +76,8 @@ def _miss(speed: Speed, figure: str, budget: Budget, *, most: bool) -> Miss | No
     value, limit = getattr(speed, figure), getattr(budget, figure)
     if limit is None:
         return None
+    if figure == "p90_ms" and value is None and speed.p50_ms > limit:  # too slow for a p90 in the time given, and for the limit
+        value, figure = speed.p50_ms, "p50_ms"
     known = value if value is not None and math.isfinite(value) else None
     found = Miss(name=speed.name, figure=figure, value=known, limit=limit, most=most)
     return None if found.factor <= 1 else found

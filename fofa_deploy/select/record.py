@@ -17,7 +17,7 @@ RECORD, PAGE, PICTURE = "selection.json", "selection.md", "front.svg"
 
 
 class OnTarget(Frozen):
-    """A candidate on one target, in its fastest recipe."""
+    """A candidate on one target, in the recipe that counts: the fastest that keeps the budgets, or just the fastest."""
 
     target: str
     recipe: str

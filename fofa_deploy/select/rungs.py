@@ -14,6 +14,7 @@ from pathlib import Path
 from fofa_deploy.config import DistillPlan, SelectPlan
 from fofa_deploy.data import Data
 from fofa_deploy.distill.job import Taught, Workshop, read_summary
+from fofa_deploy.models import code_identity
 from fofa_deploy.select.candidates import Candidate
 from fofa_deploy.select.forecast import Curve, Point
 
@@ -82,7 +83,8 @@ class Halving:
     def _score(self, candidate: Candidate, rung: Rung) -> float:
         """Best validation accuracy of a short training."""
         plan = self._shortened(rung)
-        inputs = {"student": candidate.student, "distill": plan.decisive(), "images": rung.images, **self.decisive}
+        student = {"student": candidate.student, "code": code_identity(candidate.student)}
+        inputs = {**student, "distill": plan.decisive(), "images": rung.images, **self.decisive}
 
         def work(out: Path) -> None:
             self._limited(rung).distill(candidate.student, plan, out, self.taught_by)

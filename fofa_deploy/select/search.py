@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from fofa_deploy.capture import capture
+from fofa_deploy.capture import capture, tool_versions
 from fofa_deploy.config import AUTO, MeasurePlan, RunPlan, size_name
 from fofa_deploy.data import preprocessing, write_split
 from fofa_deploy.distill.job import Taught, Workshop, read_summary
 from fofa_deploy.errors import PlanError, StageError, UnavailableError, UserError
-from fofa_deploy.models import parameter_count
-from fofa_deploy.select.candidates import Candidate, expand, itself, listed_for
+from fofa_deploy.models import code_identity, parameter_count
+from fofa_deploy.select.candidates import Candidate, expand, itself, listed
 from fofa_deploy.select.choose import NobodyFitsError, Scored, Speed, choose, fitting, front, misses
 from fofa_deploy.select.forecast import Curve, Forecast, Point, forecast
 from fofa_deploy.select.record import Choice, Judged, OnTarget, Selection
@@ -98,7 +98,7 @@ class Selector:
     def candidates(self) -> tuple[Candidate, ...]:
         """The plan's, and the teacher where it may be deployed as it is."""
         select, usual, taught_by = self.plan.select, self.plan.data.image_size, self.halving.taught_by
-        found = expand(select.candidates or listed_for(self.profiles[0]), usual, select.image_sizes)
+        found = expand(listed(select, self.profiles[0]), usual, select.image_sizes)
         # A checkpoint is loaded before channels are taken out: that of a pruned teacher fits no network that a plan can name.
         offered = select.teacher and select.fit == "all" and taught_by and not taught_by[0].prune
         ready = [itself(taught_by[0], usual)] if offered and taught_by else []
@@ -167,8 +167,9 @@ class Selector:
             told = candidate.student.model, preprocessing(data.plan), data.class_names, data.validation
             capture(model, *told, out, plan.export.input)
 
-        made_of = {"student": candidate.student, "seed": plan.seed, "data": workshop.data.digest, **plan.export.inputs()}
-        folder = store.run("graph", made_of, work)
+        made_of = {"student": candidate.student, "code": code_identity(candidate.student), "versions": tool_versions()}
+        given = {"seed": plan.seed, "data": workshop.data.digest, **plan.export.inputs()}
+        folder = store.run("graph", {**made_of, **given}, work)
         measure = MeasurePlan(seconds=plan.select.seconds, max_seconds=4 * plan.select.seconds)
         settings = Settings(plan.accuracy, measure, plan.limits, plan.budget, plan.seed)
         evidence = Evidence(folder / "golden.npz")

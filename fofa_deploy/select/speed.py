@@ -7,16 +7,18 @@ that do not fit by others of their precision. What the latency aid knows is neit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fofa_deploy import diagnosis
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, FofaError, StageError, UnavailableError, UserError
-from fofa_deploy.measure import Candidate
+from fofa_deploy.measure import Candidate, runs_for
 from fofa_deploy.results import Measurement
 from fofa_deploy.select.choose import Speed
 from fofa_deploy.select.clocks import Clock, clock_for
 from fofa_deploy.select.table import Figures, LatencyTable, Setting
 from fofa_deploy.store import digest
+from fofa_deploy.tune import Settings
 from fofa_deploy.tune.workbench import Workbench
 from fofa_deploy.types import Artifact, HardwareProfile, Probe, Recipe, digest_file
 
@@ -28,7 +30,7 @@ AGAIN = "run the same command again: what has been timed is not timed again"
 
 @dataclass(frozen=True)
 class Speeds:
-    """Those that ran, in their fastest recipe; and why a recipe or a whole candidate could not be built or run."""
+    """Those that ran, in the recipe that counts; and why a recipe or a whole candidate could not be built or run."""
 
     found: tuple[Speed, ...]
     recipes: dict[str, str]
@@ -57,7 +59,7 @@ class Stopwatch:
     ) -> None:
         self._benches, self._profile, self._table = benches, profile, table
         self._backend = get_backend(profile.runtime)
-        self._probe: Probe = self._backend.probe(profile)
+        self._probe: Probe = diagnosis.probe(profile)
         self._clock = clock or clock_for(profile, self._probe)
         self._reasons: dict[str, dict[str, str]] = {name: {} for name in benches}
 
@@ -71,27 +73,38 @@ class Stopwatch:
         entries = [entry for name, bench in self._benches.items() for entry in self._entries(name, bench)]
         cheap = [entry for entry in entries if not _spared(entry, entries)]
         self._ensure(cheap)
-        best = self._best(cheap)
-        kept = {name for name, (_, figures) in best.items() if fits(_speed(name, figures))}
+        kept = {name for name, (_, figures) in self._best(cheap, fits).items() if fits(_speed(name, figures))}
         late = [entry for entry in entries if entry not in cheap and entry.name not in kept]
         self._ensure(late)
-        best = self._best([*cheap, *late])
+        best = self._best([*cheap, *late], fits)
         found = tuple(_speed(name, figures) for name, (_, figures) in best.items())
         return Speeds(found, {name: recipe for name, (recipe, _) in best.items()}, self._reasons)
 
     def _ensure(self, entries: Sequence[_Entry]) -> None:
         """Have the aid know everybody that runs."""
-        fresh = [entry for entry in entries if self._table.find(entry.setting) is None]
+        fresh = [entry for entry in entries if not self._known(entry)]
         self._time([(entry, artifact) for entry in fresh if (artifact := self._built(entry))])
 
-    def _best(self, entries: Sequence[_Entry]) -> dict[str, tuple[str, Figures]]:
-        """Of each candidate the fastest recipe that the aid knows, and its figures."""
-        best: dict[str, tuple[str, Figures]] = {}
+    def _known(self, entry: _Entry) -> bool:
+        """By the aid, unless a limit is set now on a p90 for which there were too few runs then."""
+        figures, limit = self._table.find(entry.setting), self._p90_limit
+        return figures is not None and not (limit and figures.p90_ms is None and figures.p50_ms <= limit)
+
+    @property
+    def _p90_limit(self) -> float | None:
+        """The lowest of the profile's and the plan's, in ms."""
+        budgets = [self._profile.budget, *(bench.settings.budget for bench in self._benches.values())]
+        return min((budget.p90_ms for budget in budgets if budget.p90_ms), default=None)
+
+    def _best(self, entries: Sequence[_Entry], fits: Callable[[Speed], bool]) -> dict[str, tuple[str, Figures]]:
+        """Of each candidate the fastest recipe that the aid knows and that fits, or the fastest if none does; and its figures."""
+        found: dict[str, list[tuple[str, Figures]]] = {}
         for entry in entries:
-            figures = self._table.find(entry.setting)
-            if figures and (entry.name not in best or figures.p50_ms < best[entry.name][1].p50_ms):
-                best[entry.name] = entry.recipe.name, figures
-        return best
+            if figures := self._table.find(entry.setting):
+                found.setdefault(entry.name, []).append((entry.recipe.name, figures))
+        return {
+            name: min(recipes, key=lambda one: (not fits(_speed(name, one[1])), one[1].p50_ms)) for name, recipes in found.items()
+        }
 
     def _entries(self, name: str, bench: Workbench) -> list[_Entry]:
         families: dict[str, Recipe] = {}
@@ -161,7 +174,13 @@ class Stopwatch:
             for entry, artifact in group
         ]
         bench = self._benches[group[0][0].name]
-        return self._clock.times(candidates, bench.settings, bench.progress)
+        return self._clock.times(candidates, self._patient(bench.settings), bench.progress)
+
+    def _patient(self, settings: Settings) -> Settings:
+        """Time enough for the p90 of whoever may keep the limit on it: who is slower misses it by the median."""
+        plan, limit = settings.measure, self._p90_limit or 0.0
+        longest = max(plan.max_seconds, runs_for(0.9) * limit / 1000)
+        return replace(settings, measure=plan.model_copy(update={"max_seconds": longest}))
 
     def _keep(self, entry: _Entry, artifact: Artifact, found: Measurement | FofaError, factor: float) -> None:
         if isinstance(found, FofaError):

@@ -79,7 +79,7 @@ class Search:
                 yield row_of(self._profile, family[0], Status.SKIPPED, _too_slow(speed, *best))
                 continue
             rows = self._tried(family)
-            passed = next((row.recipe for row in rows if row.status is Status.VERIFIED), None)
+            passed = next((row.recipe for row in rows if self._passes(row)), None)
             if passed and speed and (best is None or speed < best[0]):
                 best = speed, passed
             yield from rows
@@ -87,14 +87,14 @@ class Search:
     def _followers(self, kin: str, families: dict[str, list[Recipe]], rows: Sequence[TargetRow]) -> list[TargetRow]:
         """The families that come after one whose every recipe lost too much accuracy, up to the first that does not."""
         names = {recipe.name for recipe in families[kin]}
-        ends = {row.status for row in rows if row.recipe in names}
-        if Status.REJECTED not in ends or Status.VERIFIED in ends:
+        tried = [row for row in rows if row.recipe in names]
+        if any(map(self._passes, tried)) or not any(row.status is Status.REJECTED for row in tried):
             return []
         found: list[TargetRow] = []
         for family in families.values():
             if family[0].after == kin:
                 found += self._tried(family)
-                if found[-1].status is Status.VERIFIED:
+                if self._passes(found[-1]):
                     break
         return found
 
@@ -138,9 +138,12 @@ class Search:
             rows.append(self._bench.attempt(self._profile, recipe, self._probe))
             if rows[-1].status is Status.BUILT_NOT_RUN or self._calibration_missing(recipe):
                 break
-            if rows[-1].status is Status.VERIFIED and not self._too_large(rows[-1]):
+            if self._passes(rows[-1]):
                 break
         return rows
+
+    def _passes(self, row: TargetRow) -> bool:
+        return row.status is Status.VERIFIED and not self._too_large(row)
 
     def _calibration_missing(self, recipe: Recipe) -> bool:
         return recipe.needs_calibration and self._bench.calibration is None

@@ -168,8 +168,12 @@ class Tuner:
 
     def _finished(self, profile: HardwareProfile, row: TargetRow) -> TargetRow:
         others, problems = self._sweep(profile, row)
+        try:
+            row = self.tested(profile, row)
+        except (StageError, UserError, UnavailableError) as error:
+            problems.append(f"test images: {first_line(error)}")
         facts = {"reason": "; ".join([row.reason, *problems]), "other_batches": others}
-        return self.tested(profile, row).model_copy(update=facts | self._layers(profile, row))
+        return row.model_copy(update=facts | self._layers(profile, row))
 
     def _layers(self, profile: HardwareProfile, row: TargetRow) -> dict[str, object]:
         candidate = self.candidate(profile, row, *self.settings.lines(profile)[0])

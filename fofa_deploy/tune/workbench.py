@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fofa_deploy import environment
 from fofa_deploy.backend import get_backend
-from fofa_deploy.errors import DataError, StageError, UnavailableError, UserError
+from fofa_deploy.errors import DataError, IntegrityError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.judge import accuracy_problem, precision_problem
 from fofa_deploy.progress import Progress
@@ -122,7 +122,10 @@ class Workbench:
         if not self.settings.build:
             if not self.is_built(profile, recipe):
                 raise DataError("not built yet; fofa-deploy quantize builds it", "run fofa-deploy quantize first")
-            return Artifact.load(self.store.existing(stage))
+            artifact = Artifact.load(self.store.existing(stage))
+            if artifact.graph_sha256 != self.graph.sha256:
+                raise IntegrityError(f"{artifact.folder} was built from another graph than {self.name}", "run fofa-deploy quantize")
+            return artifact
         calibration = self._calibrated(recipe)
         inputs = {
             "graph": self.graph.path,

@@ -58,3 +58,10 @@ def test_a_network_is_like_itself_and_less_like_one_of_another_family():
     assert affinity(vit, vit, *told) == pytest.approx(1)
     assert 0 < affinity(vit, cnn, *told) < 0.99
     assert affinity(vit, cnn, *told) == pytest.approx(affinity(cnn, vit, *told))
+
+
+@pytest.mark.parametrize("value", [0.1, 1.0, 1e6 + 0.1])
+def test_constant_features_have_no_affinity_whatever_their_rounding(value):
+    constant = torch.full((2000, 3), value)
+    assert linear_cka(constant, features(0, 8)) is None
+    assert linear_cka(features(0, 8), constant) is None

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from fofa_deploy.distill.balance import GradientBalance
+from fofa_deploy.distill.balance import GradientBalance, _gradient_norm
 
 EVERY = 5
 
@@ -92,3 +93,22 @@ def test_the_balance_is_in_the_checkpoint_and_rests_in_eval(objective, batch):
     before = copy.deepcopy(made.balance.state_dict())
     made.eval()(*batch(seed=3))
     assert all(torch.equal(value, before[name]) for name, value in made.balance.state_dict().items())
+
+
+def test_what_fp16_cannot_pass_back_is_measured_all_the_same():
+    """Each of many numbers gets less than fp16's smallest; on a GPU the scaler of the loss sees to that, of the loss alone."""
+    torch.manual_seed(0)
+    layer, images = nn.Linear(16, 64), torch.randn(512, 16)
+
+    def norm(dtype, size):
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            term = size * layer(images).float().square().mean()
+        return float(_gradient_norm(term, list(layer.parameters())))
+
+    for size in (1e-4, 1.0, 1e4):
+        assert norm(torch.float16, size) == pytest.approx(norm(torch.float32, size), rel=0.05)
+
+
+def test_a_gradient_that_is_too_large_for_the_scale_is_measured_without():
+    weight = nn.Parameter(torch.ones(()))
+    assert float(_gradient_norm(3e38 * weight, [weight])) == pytest.approx(3e38)

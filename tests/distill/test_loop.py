@@ -12,19 +12,23 @@ import textwrap
 import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
+from torch import nn
 
-from fofa_deploy.config import DataPlan, load_plan
+from fofa_deploy.config import DataPlan, ModelPlan, load_plan
 from fofa_deploy.data import load_data
-from fofa_deploy.distill import average, checkpoint
+from fofa_deploy.distill import average, checkpoint, loop
 from fofa_deploy.distill.engine import _parts as parts_of
 from fofa_deploy.distill.engine import compiled
 from fofa_deploy.distill.fofa import FeatureBranch
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_summary
 from fofa_deploy.distill.loop import Trainer
+from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.tapped import TappedModel
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.errors import BackendError, DataError, IntegrityError, InterruptedRunError, TrainingError
@@ -166,8 +170,6 @@ def test_quantization_aware_training_resumes_bit_identically(tmp_path, teacher, 
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, teacher, monkeypatch):
-    from fofa_deploy.distill.objective import Objective
-
     forward = Objective.forward
 
     def poisoned(self, *batch):
@@ -178,6 +180,71 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, teacher,
     with pytest.raises(TrainingError, match="loss is not finite at step 0"):
         distilled(small_plan(), tmp_path / "student", teacher)
     assert not (tmp_path / "student" / WEIGHTS).exists()
+
+
+def test_in_fp16_steps_are_skipped_but_not_for_ever(tmp_path, teacher, monkeypatch):
+    """Its scaler skips a step whose gradient is not finite, and halves its scale; a gradient that never is ends the training."""
+    init = Trainer.__init__
+
+    def scaled(self, *arguments):
+        init(self, *arguments)
+        monkeypatch.setattr(Accelerator, "backward", lambda _, loss: loss.backward())  # which would scale it
+        self._engine.scaler = SimpleNamespace(state_dict=dict)
+        self._engine.clip_grad_norm_ = lambda *_: torch.tensor(next(norms))
+
+    monkeypatch.setattr(Trainer, "__init__", scaled)
+    monkeypatch.setattr(loop, "SKIPPED", 2)
+    norms = iter([math.inf, math.inf, 1.0] * 2)
+    distilled(small_plan(), tmp_path / "whole", teacher)
+    norms = iter([1.0] + [math.inf] * 5)
+    with pytest.raises(TrainingError, match="gradient is not finite at step 3"):
+        distilled(small_plan(), tmp_path / "cut", teacher)
+
+
+def test_the_generator_of_this_device_alone_is_kept_and_not_missed_without_it(monkeypatch):
+    """Others may be out of sight when the training goes on."""
+    told = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_rng_state", lambda: torch.tensor([7]))
+        patch.setattr(torch.cuda, "set_rng_state", told.append)
+        state = checkpoint.random_state()
+        checkpoint.set_random_state(state)
+    assert told == state["cuda"] == [torch.tensor([7])]
+    checkpoint.set_random_state(state)
+
+
+def test_the_teacher_is_looked_at_in_batches_that_training_has_held(tmp_path, teacher, monkeypatch):
+    seen, look = [], Objective.diagnostics
+
+    def counted(self, images, *rest):
+        seen.append(len(images))
+        return look(self, images, *rest)
+
+    monkeypatch.setattr(Objective, "diagnostics", counted)
+    distilled(small_plan("distill.accumulate=4"), tmp_path / "student", teacher)
+    assert max(seen) == 8
+
+
+@pytest.mark.parametrize("method", ["none", "kd", "rsd+dist"])
+def test_a_student_that_declares_no_features_learns_where_none_are_compared(tmp_path, teacher, method):
+    plan = small_plan(f"distill.method='{method}'")
+    plan = plan.model_copy(update={"student": ModelPlan(model="test_loop:plain")})
+    distilled(plan, tmp_path / "student", teacher)
+    found = tmp_path / "retrained"
+    if method == "kd":
+        retrained(plan, found, tmp_path / "student", teacher)
+        assert read_summary(found).top1_validation is not None
+
+
+def plain(num_classes: int, in_chans: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(in_chans, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+
+def test_a_student_that_drops_tokens_learns_where_none_are_compared(tmp_path, teacher):
+    dropping = SMALL[5][:-1] + ",patch_drop_rate=0.25}"
+    distilled(small_plan(dropping, "distill.method='dist'"), tmp_path / "student", teacher)
+    assert len(read_curve(tmp_path / "student")) == 2
 
 
 def test_a_checkpoint_never_holds_nan(tmp_path):
@@ -410,9 +477,11 @@ def test_models_are_cut_where_no_feature_is_taken(teacher):
     names = {module: name for name, module in tapped.model.named_modules()}
     parts = [names[part] for part in parts_of(tapped)]
     assert {"blocks.0", "blocks.1"} <= set(parts)
-    held = [name for name, _ in tapped.model.named_parameters() if any(name.startswith(f"{part}.") for part in parts)]
-    assert len(held) > 20
-    assert not [stage.module for stage in tapped.stages for part in parts if stage.module.startswith(f"{part}.")]
+    holders = {name: [part for part in parts if name.startswith(f"{part}.")] for name, _ in tapped.model.named_parameters()}
+    assert {len(found) for found in holders.values()} <= {0, 1}
+    assert {name for name, found in holders.items() if not found} == {"cls_token", "pos_embed"}, "the model's own"
+    places = [stage.module for stage in (*tapped.stages, *filter(None, tapped.entries))] + list(tapped.heads)
+    assert not [place for place in places for part in parts if place.startswith(f"{part}.")]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

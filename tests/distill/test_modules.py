@@ -12,7 +12,7 @@ from torch.nn import functional
 from fofa_deploy.distill.attention import Aligner, RegionAwareAttention
 from fofa_deploy.distill.depthwise import Depthwise5x5
 from fofa_deploy.distill.grids import FEW, pool, resize
-from fofa_deploy.distill.heads import SETTLED, Projector, Standardizer
+from fofa_deploy.distill.heads import SETTLED, ExitBranch, Projector, Standardizer
 from fofa_deploy.distill.losses import divergence, hierarchical_context_loss, redundancy_loss
 from fofa_deploy.distill.prompts import PromptBlock, SqueezeExcite
 
@@ -333,3 +333,16 @@ def test_scale_and_dead_channels_do_not_matter(factor):
     out = scale(data)
     assert out[:, [0, 2]].std().item() == pytest.approx(1, abs=0.05)
     assert out[:, 1].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("side", "halvings"), [(1, 0), (4, 0), (5, 1), (7, 1), (8, 1), (14, 2), (16, 2), (28, 3), (56, 4), (64, 4)]
+)
+def test_an_exit_halves_its_grid_until_it_is_four_by_four(side, halvings):
+    branch = ExitBranch((6, side, side), 5)
+    seen = []
+    branch[-4].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    assert branch(torch.randn(2, 6, side, side)).shape == (2, 5)
+    assert isinstance(branch[-4], nn.AdaptiveAvgPool2d)
+    assert seen[0] <= 4
+    assert len([layer for layer in branch if isinstance(layer, nn.BatchNorm2d)]) == halvings

@@ -108,3 +108,36 @@ def test_awkward_modules_are_computed(batch):
     replayed, _ = passes(teacher, images, 1, replay=True)
     assert names == ("first",)
     assert all(torch.equal(one, other) for one, other in zip(computed, replayed, strict=True))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Conv2d(3, 4, 1)
+
+    def forward(self, images):
+        grid = self.inner(images)
+        return grid, grid + 1
+
+
+class Paired(nn.Module):
+    """A part that passes a tuple, which cannot be replayed, although what is in it could."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair, self.first, self.last = Pair(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.classifier = nn.Linear(4, 5)
+
+    def forward(self, images):
+        one, other = self.pair(images)
+        return self.classifier(self.last(self.first(one + other)).mean(dim=(2, 3)))
+
+
+def test_nothing_inside_a_compiled_part_is_replayed():
+    """Its hooks, and the constant in its place, would make the part be compiled again, or be left out of what was compiled."""
+    teacher = tap(Paired().eval(), (3, 8, 8), names=("first", "last")).requires_grad_(False)
+    images = torch.randn(1, 3, 8, 8)
+    assert Prefix(teacher, 1, images).names == ("pair.inner", "first")
+    part = teacher.model.pair
+    part.forward = lambda *args: type(part).forward(part, *args)
+    assert Prefix(teacher, 1, images).names == ("first",)

@@ -275,3 +275,42 @@ def test_broken_weights_are_refused():
 def test_timm_names_overrule_the_choice():
     model = tap(timm.create_model("resnet10t", num_classes=CLASSES), (3, 32, 32), names=("layer2", "layer4.0.conv1"))
     assert [stage.module for stage in model.stages] == ["layer2", "layer4.0.conv1"]
+
+
+class Unordered(nn.Module):
+    """Defined in another order than run, and its logits are scaled at the end: as people write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, CLASSES)
+        self.body = nn.Conv2d(3, 6, 3)
+        self.gate = nn.Conv2d(6, 6, 1)
+
+    def forward(self, images):
+        grid = self.body(images)
+        grid = grid * self.gate(grid.mean((2, 3), keepdim=True)).sigmoid()
+        return 3 * self.head(grid.mean((2, 3)))
+
+
+def test_a_plain_modules_classifier_is_what_gives_its_logits_and_not_what_was_defined_last():
+    model = tap(Unordered(), (3, 8, 8), names=("body",))
+    assert (model.heads, model.embedding_width) == (("head",), 6)
+
+
+def test_without_such_a_layer_there_is_no_embedding():
+    model = tap(
+        nn.Sequential(nn.Conv2d(3, CLASSES + 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), Narrowing()), (3, 8, 8), stages=0
+    )
+    assert (model.heads, model.embedding_width, model.classes) == ((), None, CLASSES)
+
+
+class Narrowing(nn.Module):
+    def forward(self, numbers):
+        return numbers[:, 1:]
+
+
+def test_where_no_map_is_compared_nothing_has_to_be_declared():
+    model = tap(Tokens(), (3, 32, 32), stages=0)
+    assert (model.stages, model.entries, model.heads) == ((), (), ("head",))
+    found = model(torch.randn(2, 3, 32, 32))
+    assert (found.logits.shape, found.maps) == ((2, CLASSES), ())

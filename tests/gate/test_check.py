@@ -12,16 +12,17 @@ import pytest
 from tiny import build, run_cli, write_graph
 
 from fofa_deploy.config import load_plan
-from fofa_deploy.errors import DataError, UnavailableError, UserError
+from fofa_deploy.errors import DataError, IntegrityError, UnavailableError, UserError
+from fofa_deploy.gate import rules
 from fofa_deploy.gate.check import Options, check
 from fofa_deploy.gate.launches import race
-from fofa_deploy.gate.verdicts import GateReport, Verdict
+from fofa_deploy.gate.verdicts import Finding, GateReport, Verdict
 from fofa_deploy.isolate import Child
 from fofa_deploy.pipeline import compress_and_export
 from fofa_deploy.progress import Quiet
 from fofa_deploy.types import Artifact
 
-from .conftest import chosen, edited, lose_target, slow_down, spoil_preprocessing
+from .conftest import PROFILE, chosen, edited, lose_target, slow_down, spoil_preprocessing
 
 
 def found(report: GateReport, metric: str):
@@ -254,3 +255,101 @@ def test_a_plot_needs_a_history(baseline_run):
     done = run_cli("check", baseline_run, "--plot", "x.svg")
     assert done.returncode == 2
     assert "--history" in done.stderr
+
+
+# --- what must not pass unseen
+
+
+def test_a_target_that_nothing_is_good_enough_for_fails_without_any_baseline(copy, tmp_path):
+    lose_target(copy)
+    judged, kept = check(copy, None, Quiet())
+    assert (judged.exit_code, kept) == (1, {})
+    assert found(judged, "artifact").reason.endswith(": it broke")
+    done = run_cli("check", copy, "--update-baseline", tmp_path / "base", "--quiet")
+    assert done.returncode == 2
+    assert "no target has an artifact to keep" in done.stderr
+    assert not (tmp_path / "base").exists()
+
+
+def test_a_run_without_anything_to_judge_is_refused(copy):
+    report = json.loads((copy / "report.json").read_text())
+    report["targets"] = []
+    (copy / "report.json").write_text(json.dumps(report))
+    with pytest.raises(UserError, match="no artifact that could be judged"):
+        check(copy, None, Quiet())
+
+
+def test_what_was_measured_elsewhere_leaves_the_plans_targets_to_be_checked(baseline_run, copy):
+    with edited(copy) as (report, row):
+        report["targets"].append(row | {"target": "one-thread on pi@camera"})
+    judged, _ = check(copy, baseline_run, Quiet())
+    assert {finding.target for finding in judged.findings} == {"one-thread"}
+    assert judged.verdict is Verdict.PASS
+
+
+def test_a_target_on_another_machine_is_not_judged_by_this_one(copy, tmp_path):
+    plan = json.loads((copy / "plan.json").read_text())
+    board = tmp_path / "board.toml"
+    board.write_text(PROFILE + '\n[device]\nname = "cpu"\nhost = "board"\n\n[budget]\np90_ms = 1000.0\n')
+    (copy / "plan.json").write_text(json.dumps(plan | {"targets": [str(board)]}))
+    judged, kept = check(copy, None, Quiet())
+    assert [finding.metric for finding in judged.findings] == ["device"]
+    assert found(judged, "device").reason == "the device is board, not this machine: check it there"
+    assert (judged.exit_code, kept) == (4, {})
+
+
+def test_a_student_of_its_own_size_is_held_to_images_of_that_size(baseline_run, tmp_path):
+    plan = load_plan(str(baseline_run.parent / "plan.toml"), ["student.image_size=20", "distill.epochs=1"])
+    compress_and_export(plan, tmp_path / "run", Quiet())
+    judged, _ = check(tmp_path / "run", None, Quiet())
+    assert found(judged, "top-1 against PyTorch").verdict is Verdict.PASS
+    paired, _ = check(tmp_path / "run", baseline_run, Quiet(), Options(quick=True))
+    assert found(paired, "top-1").verdict is Verdict.FAIL, "the same images at another size, after a sixth of the training"
+
+
+def test_images_with_the_same_labels_are_not_the_same_images(baseline_run, copy):
+    (copy / "data" / "test" / "origin.txt").write_text("others")
+    with pytest.raises(DataError, match="not run on the same images"):
+        check(copy, baseline_run, Quiet())
+
+
+def test_a_baseline_is_as_good_as_itself(baseline_run, tmp_path):
+    assert run_check(baseline_run, "--update-baseline", tmp_path / "base")[0].returncode == 0
+    options = Options(profile=str(baseline_run.parent / "one-thread.toml"))
+    judged, _ = check(tmp_path / "base", tmp_path / "base", Quiet(), options)
+    assert judged.verdict is Verdict.PASS
+    assert "as accurate by definition" in found(judged, "top-1").reason
+
+
+def test_what_the_first_look_decides_the_second_leaves(baseline_run, copy, monkeypatch):
+    """Another figure's second look brings more launches, which would be a second chance."""
+    plan = json.loads((copy / "plan.json").read_text())
+    (copy / "plan.json").write_text(json.dumps(plan | {"budget": {"p90_ms": 1.0}}))
+    verdicts = iter([Verdict.FAIL, Verdict.PASS])
+
+    def one_after_the_other(target, *rest):
+        return Finding(target=target, metric="latency", verdict=next(verdicts), reason="")
+
+    monkeypatch.setattr(rules, "judge_latency", one_after_the_other)
+    monkeypatch.setattr(
+        rules, "judge_p90_budget", lambda name, *rest: Finding(target=name, metric="p90", verdict=Verdict.INCONCLUSIVE, reason="")
+    )
+    slow_down(copy)
+    judged, _ = check(copy, baseline_run, Quiet(), Options(quick=True))
+    assert judged.launches["one-thread"] >= 2 * 5
+    assert found(judged, "latency").verdict is Verdict.FAIL
+    assert list(verdicts) == [Verdict.PASS]
+
+
+def test_machine_code_that_no_run_brings_has_to_be_trusted_by_name(baseline_run, copy, monkeypatch):
+    monkeypatch.setattr("fofa_deploy.gate.sources.is_native", lambda name: True)
+    with pytest.raises(IntegrityError, match="is machine code") as caught:
+        check(_bare(copy), baseline_run, Quiet())
+    assert "--trust-engine" in caught.value.action
+    assert check(copy, baseline_run, Quiet())[0].verdict is Verdict.PASS, "a run is its user's own"
+    assert check(_bare(copy), baseline_run, Quiet(), Options(trusted=True))[0].verdict is Verdict.PASS
+
+
+def _bare(run: Path) -> Path:
+    """The chosen artifact's folder outside of its run."""
+    return Path(shutil.copytree(chosen(run), run.parent / "bare", dirs_exist_ok=True))

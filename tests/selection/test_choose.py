@@ -47,6 +47,11 @@ def test_one_without_the_figure_is_never_the_nearest():
         fitting([speed("unknown", p90_ms=None), speed("far", 99.0)], [Budget(p90_ms=2)])
 
 
+def test_one_that_is_too_slow_for_a_p90_misses_the_limit_by_its_median():
+    slow = Speed(name="slow", p50_ms=3.0)
+    assert [str(miss) for miss in misses(slow, [Budget(p90_ms=2)])] == ["slow: p50_ms 3, the budget is 2 (1.5x)"]
+
+
 def test_without_anybody_it_says_where_to_look():
     with pytest.raises(PlanError, match="no candidate could be measured"):
         fitting([], [])

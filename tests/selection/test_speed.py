@@ -16,12 +16,13 @@ from fofa_deploy import environment
 from fofa_deploy.backend import get_backend
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
 from fofa_deploy.errors import BackendError, FofaError
+from fofa_deploy.measure import runs_for
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.select import speed
 from fofa_deploy.select.clocks import Here
 from fofa_deploy.select.speed import Stopwatch
-from fofa_deploy.select.table import Entry, LatencyTable
+from fofa_deploy.select.table import Entry, Figures, LatencyTable
 from fofa_deploy.store import Store
 from fofa_deploy.tune import Evidence, Settings
 from fofa_deploy.tune.workbench import Workbench
@@ -190,3 +191,55 @@ def test_a_device_that_is_lost_on_the_way_ends_the_selection_and_disqualifies_no
     with pytest.raises(BackendError, match="board"):
         stopwatch.speeds()
     assert not list(table.folder.rglob("*.json"))
+
+
+# --- what counts
+
+
+def test_a_target_of_another_cpu_has_no_clock_here(opened, tmp_path):
+    """The back end alone would say that it runs: it knows of no architecture."""
+    other = "x86_64" if environment.describe().machine == "aarch64" else "aarch64"
+    profile = PROFILE.model_copy(update={"device": PROFILE.device.model_copy(update={"architecture": other})})
+    with pytest.raises(BackendError, match=f"does not run here: needs an {other} CPU"):
+        Stopwatch(opened("run", "good"), profile, LatencyTable(tmp_path / "aid"))
+
+
+def within(benches, **limits):
+    """The same benches under a plan's budget."""
+    settings = replace(SETTINGS, budget=Budget(**limits))
+    return {name: replace(one, settings=settings) for name, one in benches.items()}
+
+
+def test_a_limit_on_p90_has_those_measured_again_that_had_too_few_runs_for_one(opened, tmp_path):
+    table, benches = LatencyTable(tmp_path / "aid"), opened("run", "good")
+    stopwatch = Stopwatch(benches, PROFILE, table)
+    stopwatch.speeds()
+    (entry,) = stopwatch._entries("good", benches["good"])
+    lacking = table.find(entry.setting).model_copy(update={"p90_ms": None, "p50_ms": 500.0})
+    table.keep(entry.setting, lacking)
+    assert stopwatch.speeds().found[0].p90_ms is None, "nobody asks for it"
+    assert Stopwatch(within(benches, p90_ms=100.0), PROFILE, table).speeds().found[0].p90_ms is None, "too slow whatever it is"
+    assert Stopwatch(within(benches, p90_ms=600.0), PROFILE, table).speeds().found[0].p90_ms > 0
+
+
+def test_whoever_may_keep_the_limit_is_given_the_time_for_a_p90(opened, tmp_path):
+    benches, table = opened("run", "good"), LatencyTable(tmp_path / "aid")
+    longest = {
+        limit: Stopwatch(within(benches, p90_ms=limit), PROFILE, table)._patient(SETTINGS).measure.max_seconds
+        for limit in (None, 1.0, 100.0)
+    }
+    assert longest == {None: QUICK.max_seconds, 1.0: QUICK.max_seconds, 100.0: runs_for(0.9) * 0.1}
+
+
+def test_a_slower_recipe_that_fits_counts_before_a_faster_one_that_does_not(opened, tmp_path):
+    profile = find_profile("cpu-openvino").model_copy(update={"precisions": (Precision.FP32, Precision.INT8)})
+    table, benches = LatencyTable(tmp_path / "aid"), opened("run", "good")
+    stopwatch = Stopwatch(benches, profile, table)
+    entries = sorted(stopwatch._entries("good", benches["good"]), key=lambda entry: entry.recipe.dear)
+    assert not entries[1].recipe.dear
+    for number, entry in enumerate(entries):
+        figures = Figures(p50_ms=1.0 + number, p90_ms=None, throughput_sps=1.0, size_bytes=100 - number, peak_rss_bytes=1)
+        table.keep(entry.setting, figures)
+    assert stopwatch.speeds().recipes == {"good": entries[0].recipe.name}
+    assert stopwatch.speeds(lambda one: one.size_bytes < 100).recipes == {"good": entries[1].recipe.name}
+    assert stopwatch.speeds(lambda one: False).recipes == {"good": entries[0].recipe.name}

@@ -104,6 +104,12 @@ def test_one_that_is_too_large_does_not_count_as_passed(store):
     assert rows["b"] is rows["b+"] is Status.VERIFIED
 
 
+def test_a_family_that_is_too_large_keeps_no_slower_one_from_being_tried(store):
+    sizes = dict.fromkeys(("b", "b+", "fp32"), 1000)
+    rows = found(Bench(store, {"a", "b", "b+", "fp32"}, sizes=sizes), race_of(a=3.0, b=1.0, c=2.0, fp32=0.5))
+    assert (rows["fp32"], rows["b"], rows["c"], rows["a"]) == (Status.VERIFIED, Status.VERIFIED, Status.REJECTED, Status.VERIFIED)
+
+
 def test_a_recipe_that_does_not_build_leaves_its_family_to_the_next(store):
     bench = Bench(store, {"b+", "fp32"}, broken={"b", "c"})
     rows = found(bench, race_of(a=3.0, b=1.0, fp32=5.0))
