@@ -271,6 +271,10 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
         section = data.get(table)
         if isinstance(section, dict) and isinstance(section.get(key), str):
             section[key] = _anchored(section[key], folder)
+    candidates = data["select"].get("candidates") if isinstance(data.get("select"), dict) else None
+    for line in candidates if isinstance(candidates, list) else ():
+        if isinstance(line, dict) and isinstance(line.get("checkpoint"), str):
+            line["checkpoint"] = _anchored(line["checkpoint"], folder)
     for key in ("targets", "required"):
         if isinstance(data.get(key), list):
             data[key] = [_anchored(n, folder) if isinstance(n, str) and is_path(n) else n for n in data[key]]

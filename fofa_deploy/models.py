@@ -90,17 +90,20 @@ def _resolve(reference: str) -> Any:  # noqa: ANN401 - the user's callable
 
 
 def code_identity(plan: ModelPlan) -> object:
-    """What defines the model beside its plan: timm's version, or the file of the user's own module; and what prunes it."""
+    """What defines the model beside its plan: timm's version, or the files of the user's own; and what prunes it."""
     kind, _, _ = plan.model.partition(":")
-    found: object = version("timm") if kind == "timm" else _source(plan.model)
+    found: object = version("timm") if kind == "timm" else _sources(plan.model)
     return [found, version("torch-pruning")] if plan.prune else found
 
 
-def _source(reference: str) -> Path | str:
-    _resolve(reference)
-    kind, _, _ = reference.partition(":")
-    origin = getattr(sys.modules[kind], "__file__", None)
-    return Path(origin) if origin else kind
+def _sources(reference: str) -> list[Path | str]:
+    """The module that is named, the one that defines what it names, and all of the packages that they are in."""
+    function = _resolve(reference)
+    names = {reference.partition(":")[0], str(getattr(function, "__module__", ""))} & sys.modules.keys()
+    packages = {name.partition(".")[0] for name in names}
+    found = [Path(str(file)) for name in names | packages if (file := getattr(sys.modules[name], "__file__", None))]
+    inside = [path for file in found if file.name == "__init__.py" for path in file.parent.rglob("*.py")]
+    return [*sorted({*found, *inside})] or [*sorted(names)]
 
 
 def find_model(plan: ModelPlan) -> None:

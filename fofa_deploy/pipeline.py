@@ -31,6 +31,7 @@ from fofa_deploy.recorded import PLAN, record_plan, recorded_plan
 from fofa_deploy.recovery import PREFIX, RecoveringTuner, RetrainedTuner
 from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
+from fofa_deploy.report.elsewhere import kept
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
 from fofa_deploy.select.apart import settled
 from fofa_deploy.select.candidates import code_of
@@ -266,19 +267,18 @@ class Run:
 
     def _reference_artifact(self, plan: ModelPlan, graph: Path, expected: Path) -> tuple[TargetRow, Candidate]:
         evidence = self._evidence(plan, graph, expected)
-        profile = find_profile(REFERENCE).model_copy(update={"name": "reference"})
+        profile = find_profile(REFERENCE).model_copy(update={"name": "_reference"})  # which no profile of a plan can be named
         # Held to PyTorch alone: the plan's accuracy budget is the student's.
         settings = replace(self._settings("fp32"), accuracy=AccuracyPlan(), build=not self._stored)
         tuner = Tuner(self.store, graph, evidence, None, settings, self.progress)
         row = tuner.attempt(profile)[0]
         if row.status is not Status.VERIFIED:
             raise BackendError(f"it does not run on ONNX Runtime: {row.reason}", "run fofa-deploy doctor")
-        description = f"{plan.model}, fp32 on ONNX Runtime"
-        return tuner.tested(profile, row.model_copy(update={"description": description})), tuner.candidate(profile, row)
+        told = {"description": f"{plan.model}, fp32 on ONNX Runtime", "target": "reference"}
+        return tuner.tested(profile, row.model_copy(update=told)), tuner.candidate(profile, row)
 
     def tuner(self, recipe: str | None = None, *, fresh: bool = False, build: bool = True, timed: bool = True) -> Tuner:
-        """For all recipes or one. ``fresh`` verifies again, without ``build`` only what has been built is looked at, and
-        without ``timed`` there is no reference to race against."""
+        """For all recipes or one. ``fresh`` verifies again; without ``build`` nothing is built, without ``timed`` nothing raced."""
         settings = replace(self._settings(recipe), fresh=fresh, build=build)
         reference = self.reference[1] if timed and self.reference else None
         files = self.graph, self._evidence(self.plan.student, self.graph, self.expected), self.splits / "calibration"
@@ -318,7 +318,8 @@ class Run:
         if any(row.recipe.startswith(PREFIX) for row in rows):
             trained["student-qat"] = read_curve(self.retrained)
         if self.selection:
-            self.notices.append(self.selection.kept_word(read_summary(self.student).top1_validation))
+            reached = read_summary(self.student).top1_validation
+            self.notices += [self.selection.kept_word(reached), *self.selection.notices]
         report = RunReport(
             name=self.plan.name,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -327,7 +328,7 @@ class Run:
             data=self._data_summary(),
             teacher=read_summary(teacher) if teacher else None,
             student=read_summary(self.student),
-            targets=tuple(rows),
+            targets=(*rows, *kept(self.store.root, rows, {profile.name for profile in self.profiles})),
             reference=reference,
             sensitivity=sensitivity(self.store.root),
             choice=self.selection.told() if self.selection else None,

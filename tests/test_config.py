@@ -161,9 +161,16 @@ def test_relative_paths_are_the_plans_own(tmp_path, monkeypatch):
     resolved = load_plan(plan(tmp_path, text, "plans/plan.toml"), ('required=["here.toml"]', 'targets=["here.toml"]'))
     assert resolved.data.root == tmp_path / "plans" / "images"
     assert resolved.student.checkpoint == tmp_path / "plans" / "weights" / "a.safetensors"
+
     assert resolved.targets == (str(tmp_path / "elsewhere" / "here.toml"),)  # what is typed is relative to where it is typed
     unchanged = load_plan(str(tmp_path / "plans" / "plan.toml"))
     assert unchanged.targets == ("cpu-onnxruntime", str(tmp_path / "plans" / "board.toml"))
+
+
+def test_a_candidates_weights_lie_beside_the_plan_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["student={model='auto'}", "select.candidates=[{model='timm:resnet18',checkpoint='b.safetensors'}]"]
+    assert load_plan("demo", options).select.candidates[0].checkpoint == tmp_path / "b.safetensors"
 
 
 def test_the_resolved_plan_is_a_plan(tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 from fofa_deploy.config import DataPlan
 from fofa_deploy.data import augmented, epoch_batches, eval_batches, load_data, preprocessing, scan, write_split
 from fofa_deploy.data.batches import uniform
+from fofa_deploy.data.decode import to_pixels
 from fofa_deploy.data.sources import check_labels
 from fofa_deploy.data.splits import ORIGIN, Split, stratified
 from fofa_deploy.errors import DataError
@@ -421,3 +422,33 @@ def test_a_split_tells_which_images_it_has_whatever_their_size_and_labels(digits
         told[name] = (tmp_path / name / ORIGIN).read_text()
     assert told["same"] == told["larger"]
     assert len(set(told.values())) == 3
+
+
+def test_a_random_crop_keeps_proportions_and_reaches_every_place():
+    """Training must see objects as they are deployed: a photograph of 3:2 is not squeezed into a square."""
+    columns, rows = np.meshgrid(np.arange(120), np.arange(80))
+    photo = Image.fromarray(columns.astype(np.uint8)), Image.fromarray(rows.astype(np.uint8))
+    plan = DataPlan(name="digits", image_size=(40, 40), channels=1)
+
+    def cut(*box):
+        return tuple((int(seen[0].min()), int(seen[0].max())) for seen in (to_pixels(image, plan, box) for image in photo))
+
+    # Half of the largest square, 80 by 80: 40 pixels, which are not resized.
+    assert cut(0.0, 0.0, 0.5, 0.5) == ((0, 39), (0, 39))
+    assert cut(0.5, 0.5, 1.0, 1.0) == ((80, 119), (40, 79))
+    assert cut(0.25, 0.25, 0.75, 0.75) == ((40, 79), (20, 59))
+    tall = to_pixels(Image.new("L", (30, 90)), plan.model_copy(update={"image_size": (20, 40)}), (0.1, 0.2, 0.6, 0.9))
+    assert tall.shape == (1, 20, 40)
+
+
+def test_the_plans_names_do_not_hide_that_a_split_lacks_a_class(folder):
+    picture(folder / "train" / "eel" / "0.png")
+    for names in ((), ("Cat", "Dog", "Eel")):
+        with pytest.raises(DataError, match="different classes: eel"):
+            load_data(folder_plan(folder, class_names=names), 0)
+
+
+def test_every_class_has_one_of_the_plans_names(folder):
+    assert load_data(folder_plan(folder, class_names=("Cat", "Dog")), 0).class_names == ("Cat", "Dog")
+    with pytest.raises(DataError, match="class_names has 3 names, and there are 2 classes"):
+        load_data(folder_plan(folder, class_names=("Cat", "Dog", "Eel")), 0)

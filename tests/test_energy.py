@@ -40,6 +40,27 @@ def test_rapl_counts_packages_over_the_blocks_alone_and_through_their_end(tmp_pa
     assert "package" in found["energy_reason"]
 
 
+def test_what_counts_the_whole_platform_is_no_package(tmp_path):
+    package = write(tmp_path / "powercap" / "intel-rapl:0", energy_uj=0, max_energy_range_uj=9, name="package-0\n")
+    platform = write(tmp_path / "powercap" / "intel-rapl:1", energy_uj=0, max_energy_range_uj=9, name="psys\n")
+    meter = Meter(tmp_path)
+    with meter.over(1):
+        (package / "energy_uj").write_text("2000000")
+        (platform / "energy_uj").write_text("5000000")
+    assert meter.found()["energy_mj"] == pytest.approx(2000)
+
+
+def test_a_sensor_without_power_has_voltage_and_current(tmp_path, monkeypatch):
+    """As the kernel's driver of Jetson's chip: millivolts and milliamperes."""
+    write(tmp_path / "hwmon" / "hwmon0", name="ina3221\n", in1_input=5000, curr1_input=800)
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(energy.time, "perf_counter", lambda: next(clock))
+    meter = Meter(tmp_path)
+    with meter.over(4):
+        pass
+    assert meter.found()["energy_mj"] == pytest.approx(1e3 * 4 * 2 / 4)
+
+
 def test_a_board_sensor_is_power_over_time(tmp_path, monkeypatch):
     rail = write(tmp_path / "hwmon" / "hwmon0", name="ina3221\n", power1_input=4_000_000)
     write(tmp_path / "hwmon" / "hwmon1", name="coretemp\n", power1_input=1)

@@ -1,6 +1,7 @@
 """Models and checkpoints: strict, finite, and never run for what they contain."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from fofa_deploy import models
 from fofa_deploy.config import ModelPlan
 from fofa_deploy.errors import ModelError
 from fofa_deploy.models import build_model, load_weights, parameter_count, read_weights, save_weights
+from fofa_deploy.store import digest
 
 
 class Net(nn.Module):
@@ -183,3 +185,25 @@ def test_what_is_not_callable_is_no_model():
 def test_arguments_that_a_model_does_not_take_are_refused(arguments):
     with pytest.raises(ModelError, match="test_models:Net cannot be made"):
         made("test_models:Net", arguments=arguments)
+
+
+# --- what defines a model
+
+
+def test_a_users_package_counts_with_all_of_its_files(tmp_path, monkeypatch):
+    package = tmp_path / "some_nets"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .inner import net\n")
+    (package / "inner.py").write_text("from .parts import width\n\ndef net(num_classes, in_chans):\n    ...\n")
+    (package / "parts.py").write_text("width = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    plan = ModelPlan(model="some_nets:net")
+    found = models.code_identity(plan)
+    assert found == [package / "__init__.py", package / "inner.py", package / "parts.py"]
+    before = digest(found)
+    (package / "parts.py").write_text("width = 2\n")
+    assert digest(models.code_identity(plan)) != before
+
+
+def test_a_single_module_counts_alone():
+    assert models.code_identity(ModelPlan(model=f"{__name__}:Net")) == [Path(__file__)]

@@ -24,7 +24,8 @@ from fofa_deploy.backend import get_backend
 from fofa_deploy.capture import capture
 from fofa_deploy.config import AccuracyPlan, DataPlan, LimitsPlan, MeasurePlan, load_plan
 from fofa_deploy.data import Split
-from fofa_deploy.data.sources import ArraySource, to_pixels
+from fofa_deploy.data.decode import to_pixels
+from fofa_deploy.data.sources import ArraySource
 from fofa_deploy.errors import GraphError
 from fofa_deploy.files import Wish, measure_files, subjects
 from fofa_deploy.measure import Candidate

@@ -365,6 +365,23 @@ def test_a_damaged_answer_is_refused(tmp_path, end, words):
         exchange(Local(), "python3", tmp_path / "b.zip", 5)
 
 
+def test_a_device_that_connects_and_says_nothing_is_given_up(tmp_path, monkeypatch):
+    """A login shell that waits, say: ssh lives on."""
+    monkeypatch.setattr(transport, "CONNECT_SECONDS", -59)  # one second
+
+    class Silent:
+        name, by_hand = "silent", "ssh silent"
+
+        def command(self, arguments):
+            return [sys.executable, "-c", "import time; time.sleep(60)"]
+
+    write_question(tmp_path / "b.zip")
+    started = time.monotonic()
+    with pytest.raises(BackendError, match="silent cannot be reached: no answer"):
+        exchange(Silent(), "python3", tmp_path / "b.zip", 5)
+    assert time.monotonic() - started < 30
+
+
 def test_an_altered_artifact_is_not_run_over_there(server, candidates, tmp_path):
     candidate = candidates["cpu-onnxruntime"]
     job = asked(candidate)

@@ -16,7 +16,7 @@ from tiny import build, write_graph
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.config import DataPlan
-from fofa_deploy.data.sources import to_pixels
+from fofa_deploy.data.decode import to_pixels
 from fofa_deploy.profile import find_profile
 from fofa_deploy.serving import ENGINE, NAME, PREPROCESS, example, write_example
 from fofa_deploy.serving.preprocess import prepare

@@ -234,3 +234,11 @@ def test_a_folder_without_shards_says_how_to_make_some(folder):
     with pytest.raises(DataError, match=r"holds no test-\*\.tar") as caught:
         load_data(plan_of(folder, test_split="test"), 0)
     assert "fofa_deploy.data.write_shards" in caught.value.action
+
+
+def test_names_beside_the_shards_are_part_of_the_data(tmp_path):
+    reshard(DIGITS, tmp_path, 900)
+    before = load_data(plan_of(tmp_path), 0).digest
+    names = (tmp_path / shards.CLASSES).read_text().splitlines()
+    (tmp_path / shards.CLASSES).write_text("\n".join(["zero", *names[1:]]) + "\n")
+    assert load_data(plan_of(tmp_path), 0).digest != before

@@ -29,7 +29,7 @@ def test_the_published_weights_load_strictly_and_know_a_cat(tmp_path):
 
     from fofa_deploy.config import DataPlan
     from fofa_deploy.data import preprocessing
-    from fofa_deploy.data.sources import to_pixels
+    from fofa_deploy.data.decode import to_pixels
 
     write_weights(tmp_path / "w.safetensors")
     model = timm.create_model("tf_efficientnet_lite0")

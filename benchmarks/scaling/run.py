@@ -31,7 +31,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from fofa_deploy.config import DataPlan, DistillPlan, ModelPlan
-from fofa_deploy.data.sources import to_pixels
+from fofa_deploy.data.decode import to_pixels
 from fofa_deploy.distill.balance import GradientBalance
 from fofa_deploy.distill.heads import SETTLED, Standardizer
 from fofa_deploy.distill.objective import Objective

@@ -90,8 +90,8 @@ def command(
             rows = [import_results(results.read_bytes(), str(results), tuner, profiles)]
         else:
             rows = [row for p in profiles for row in profile_on(places(p, hosts, python, ssh_config), tuner, p)]
-    if hosts or results or any(profile.device.host for profile in profiles):
-        keep(source, rows)
+        if hosts or results or any(profile.device.host for profile in profiles):
+            keep(source, rows)
     _tell(rows, json_to)
 
 

@@ -132,13 +132,12 @@ def plain_settings(source: Source) -> Settings:
 def keep(source: Source, rows: list[TargetRow]) -> None:
     """Put rows from devices into the report of a run directory, each in the place of its last one."""
     from fofa_deploy.report import read_report, write_report
+    from fofa_deploy.report.elsewhere import joined
 
     if not (source.path / "report.json").is_file():
         return
     report = read_report(source.path)
-    new = {(row.target, row.recipe) for row in rows}
-    others = [row for row in report.targets if (row.target, row.recipe) not in new]
-    write_report(report.model_copy(update={"targets": (*others, *rows)}), source.path)
+    write_report(report.model_copy(update={"targets": joined(report.targets, rows)}), source.path)
 
 
 def finish(rows: list[TargetRow], as_json: bool) -> None:

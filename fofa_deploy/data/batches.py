@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fofa_deploy.config import DataPlan
-from fofa_deploy.data.sources import Boxes, Indices, Pixels
+from fofa_deploy.data.decode import Pixels
+from fofa_deploy.data.sources import Boxes, Indices
 from fofa_deploy.data.splits import Split
 
 

@@ -20,9 +20,10 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from fofa_deploy.config import DataPlan
+from fofa_deploy.data.decode import WHOLE, Pixels, to_pixels
 from fofa_deploy.data.shards import SUFFIXES, Shards, class_names, open_shards
 from fofa_deploy.errors import DataError
 from fofa_deploy.store import digest
@@ -31,12 +32,8 @@ from fofa_deploy.types import Preprocessing, digest_file
 LEAST_IMAGES = 16
 """Fewer cannot be split into calibration, validation and test images."""
 
-Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 Boxes = NDArray[np.float64]
-
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
-_WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
 class Source(Protocol):
@@ -77,27 +74,6 @@ def preprocessing(plan: DataPlan) -> Preprocessing:
         interpolation=plan.interpolation,
         crop_fraction=plan.crop_fraction,
     )
-
-
-def to_pixels(image: Image.Image, plan: DataPlan, box: Sequence[float] = _WHOLE) -> Pixels:
-    """Crop, resize to the plan's size keeping the aspect ratio, centre-crop: uint8 (C,H,W)."""
-    height, width = plan.image_size
-    image = _eight_bits(image).convert("L" if plan.channels == 1 else "RGB")
-    if tuple(box) != _WHOLE:
-        image = image.crop(tuple(round(f * side) for f, side in zip(box, (*image.size, *image.size), strict=True)))  # type: ignore[arg-type]
-        image = image.resize((width, height), _RESAMPLING[plan.interpolation])
-    else:
-        bleed = (1.0 - plan.crop_fraction) / 2
-        image = ImageOps.fit(image, (width, height), _RESAMPLING[plan.interpolation], bleed=bleed)
-    pixels = np.asarray(image, np.uint8)
-    return pixels[None] if plan.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grayscale down: Pillow's own conversion clips it to white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image
 
 
 class ArraySource:
@@ -146,13 +122,14 @@ class FileSource:
         self._items, self._plan, self._where = getattr(dataset, "reader", dataset), plan, where
         self._samples = getattr(self._items, "samples", None)
         self.labels = np.asarray(_labels(self._items), np.int64)
+        self.folders = tuple(getattr(self._items, "class_to_idx", None) or ())
         self.class_names = plan.class_names or _class_names(dataset, self.labels)
 
     @cached_property
     def digest(self) -> str:
         """Of every file's content and place below the root; of the decoded images where there are no files."""
         if isinstance(self._items, Shards):
-            return self._items.digest
+            return digest([self._items.digest, self.class_names])  # which lie beside them
         if self.files:
             root = self._plan.root or Path()
             rows = [
@@ -175,7 +152,7 @@ class FileSource:
         return paths if len(paths) == len(self.labels) else ()
 
     def images(self, indices: Indices, boxes: Boxes | None = None) -> Pixels:
-        chosen = [_WHOLE] * len(indices) if boxes is None else [tuple(box) for box in boxes]
+        chosen = [WHOLE] * len(indices) if boxes is None else [tuple(box) for box in boxes]
         return np.stack([self._decode(int(i), box) for i, box in zip(indices, chosen, strict=True)])
 
     def _decode(self, index: int, box: Sequence[float]) -> Pixels:
@@ -351,7 +328,18 @@ def _timm(plan: DataPlan) -> tuple[Source, Source]:
             raise DataError(f"data set {plan.name!r} is a stream", "download it first: splits and resuming need random access")
         sources.append(FileSource(dataset, plan, f"{plan.name} {split}"))
     _refuse_same_files(sources[0], sources[1], plan)
+    _check_folders(sources[0], sources[1], plan)
     return sources[0], sources[1]
+
+
+def _check_folders(train: FileSource, test: FileSource, plan: DataPlan) -> None:
+    """Each split numbers its own folders: with one missing, the names of a plan would hide that the others' numbers differ."""
+    if sorted(train.folders) != sorted(test.folders):
+        odd = ", ".join(sorted({*train.folders} ^ {*test.folders})[:5])
+        raise DataError(f"training and test splits have different classes: {odd}", "give both splits the same class folders")
+    if train.folders and plan.class_names and len(train.folders) != len(plan.class_names):
+        problem = f"data.class_names has {len(plan.class_names)} names, and there are {len(train.folders)} classes"
+        raise DataError(problem, "name every class once, in the order of the folders' names")
 
 
 def _refuse_same_files(train: FileSource, test: FileSource, plan: DataPlan) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fofa_deploy.data import Data, augmented
-from fofa_deploy.data.sources import Indices, Pixels
+from fofa_deploy.data.decode import Pixels
+from fofa_deploy.data.sources import Indices
 from fofa_deploy.distill import parallel
 from fofa_deploy.errors import DataError
 

@@ -12,7 +12,9 @@ from fofa_deploy.models import code_identity
 def taught_inputs(plan: ModelPlan, folder: Path) -> dict[str, object]:
     """All that decides what a teacher teaches."""
     sized = {"image_size": plan.image_size} if plan.image_size else {}
-    return {"weights": folder / WEIGHTS, "taps": plan.taps, "code": code_identity(plan), **pruned_inputs(plan), **sized}
+    # The same tensors may belong to several models: other activations, other numbers of heads.
+    made_of = {"model": plan.model, "arguments": plan.arguments, "code": code_identity(plan), **pruned_inputs(plan), **sized}
+    return {"weights": folder / WEIGHTS, "taps": plan.taps, **made_of}
 
 
 def pruned_inputs(plan: ModelPlan) -> dict[str, object]:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from fofa_deploy.config import TrainPlan
 from fofa_deploy.data import Data, Split, epoch_batches, eval_batches, preprocessing
-from fofa_deploy.data.sources import Indices, Pixels
+from fofa_deploy.data.decode import Pixels
+from fofa_deploy.data.sources import Indices
 from fofa_deploy.distill import average, checkpoint, engine, parallel
 from fofa_deploy.distill.batches import Batch, Batches, read
 from fofa_deploy.distill.interrupt import interruptible

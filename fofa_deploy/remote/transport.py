@@ -161,7 +161,7 @@ class _Connection:
     def may_succeed_later(self) -> bool:
         """ssh itself failed, and not for a reason that stays."""
         lasting = ("Permission denied", "verification failed", "Bad configuration", "Could not resolve")
-        return self._process.wait() == 255 and not any(words in self._words() for words in lasting)
+        return self._process.poll() == 255 and not any(words in self._words() for words in lasting)
 
     def results(self) -> bytes:
         if not self._ready:

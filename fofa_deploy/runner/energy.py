@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ class Meter:
         self.clear()
         self._joules_by_nvml, self.reason = (None, "") if gpu is None else _nvml(gpu)
         self._counters: list[Path] = []
-        self._sensors: list[Path] = []
+        self._sensors: list[Path] = []  # of one rail: its power, or its voltage and current
         if gpu is None:
             self._find_counters(sys_class)
         elif self.reason:
@@ -37,7 +38,7 @@ class Meter:
 
     def _find_counters(self, sys_class: Path) -> None:
         self._counters = sorted(sys_class.glob("powercap/intel-rapl:[0-9]*/energy_uj"))
-        self._counters = [path for path in self._counters if path.parent.name.count(":") == 1]
+        self._counters = [path for path in self._counters if path.parent.name.count(":") == 1 and _is_package(path.parent)]
         self._sensors = [] if self._counters else _power_sensors(sys_class)
         self.reason = self._unreadable()
 
@@ -51,7 +52,9 @@ class Meter:
         """Joules so far, or watts now."""
         if self._joules_by_nvml:
             return self._joules_by_nvml()
-        return sum(int(path.read_text()) for path in self._counters or self._sensors) / 1e6
+        if self._sensors:
+            return math.prod(int(path.read_text()) for path in self._sensors) / 1e6
+        return sum(int(path.read_text()) for path in self._counters) / 1e6
 
     @contextmanager
     def over(self, runs: int) -> Iterator[None]:
@@ -102,7 +105,14 @@ def _nvml(index: int) -> tuple[Callable[[], float] | None, str]:
     return lambda: nvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, ""
 
 
+def _is_package(zone: Path) -> bool:
+    """A zone beside the packages, psys, counts the whole platform, and them again."""
+    name = zone / "name"
+    return not name.is_file() or name.read_text().startswith("package")
+
+
 def _power_sensors(sys_class: Path) -> list[Path]:
-    """Microwatts of INA sensors' first rail: the board's input on Jetson and most carriers."""
+    """An INA sensor's first rail, the board's input on Jetson and most carriers: microwatts, or millivolts and milliamperes."""
     chips = [path.parent for path in sorted(sys_class.glob("hwmon/hwmon*/name")) if path.read_text().startswith("ina")]
-    return [path for chip in chips for path in [chip / "power1_input"] if path.is_file()][:1]
+    rails = [[chip / name for name in names] for chip in chips for names in (("power1_input",), ("in1_input", "curr1_input"))]
+    return next((rail for rail in rails if all(path.is_file() for path in rail)), [])

@@ -139,6 +139,8 @@ class Selector:
                 try:
                     stopwatch = Stopwatch(benches, profile, self.table)
                 except (StageError, UserError, UnavailableError) as error:
+                    if profile.device.host:  # the choice would be stored, as if the device did not count
+                        raise
                     notices.append(f"{error.message}: {profile.name} has no say in the choice")
                 else:
                     found[profile.name] = stopwatch.speeds(partial(self._fits, profile.name))

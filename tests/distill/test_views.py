@@ -149,4 +149,13 @@ def test_the_size_decides_what_a_teacher_teaches_and_plans_without_one_are_what_
     assert "image_size" in plan.decisive()
     assert "image_size" not in without.decisive()
     assert "image_size" not in canonical(without)
-    assert set(taught_inputs(without, folder)) == {"weights", "taps", "code"}
+    assert set(taught_inputs(without, folder)) == {"weights", "taps", "model", "arguments", "code"}
+
+
+@pytest.mark.parametrize("other", [{"model": "timm:resnet18"}, {"arguments": {"act_layer": "silu"}}])
+def test_a_teacher_of_the_same_tensors_is_another_one(tmp_path, other):
+    """They may mean another activation, or another number of heads."""
+    (tmp_path / WEIGHTS).write_bytes(b"weights")
+    one = TeacherPlan(model="timm:resnet10t")
+    told = [canonical(taught_inputs(plan, tmp_path)) for plan in (one, one.model_copy(update=other))]
+    assert told[0] != told[1]

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from fofa_deploy.config import load_plan
-from fofa_deploy.errors import PlanError
+from fofa_deploy.errors import BackendError, PlanError
 from fofa_deploy.pipeline import compress_and_export, opened
 from fofa_deploy.progress import Quiet
 from fofa_deploy.report import read_report
+from fofa_deploy.select import clocks
 from fofa_deploy.select.record import Selection
 from fofa_deploy.store import manifests
 
@@ -259,3 +260,21 @@ def test_a_candidate_climbs_for_the_targets_that_it_fits_and_no_others(chosen, t
         found = run.choose()
     assert [choice.target for choice in found.choices] == ["cpu-onnxruntime", "openvino-fp32"]
     assert len(list(out.glob("candidates/*/rung-1/weights.safetensors"))) == 4, "the cnn fits one of the targets"
+
+
+def test_a_device_that_does_not_answer_ends_the_selection_and_is_not_left_out_of_it(chosen, tmp_path, monkeypatch):
+    """Its absence is no input of the stage: what was chosen without it would stand when it is back."""
+    out = tmp_path / "run"
+    shutil.copytree(chosen[0], out)
+    shutil.rmtree(out / "selection")
+    board = tmp_path / "board.toml"
+    board.write_text('name = "board"\ndescription = ""\nruntime = "onnxruntime"\nprecisions = ["fp32"]\n[device]\nhost = "board"\n')
+
+    def silent(*_):
+        raise BackendError("board cannot be reached: no answer", "try ssh board by hand")
+
+    monkeypatch.setattr(clocks, "examine", silent)
+    plan = auto("budget.size_bytes=2000000", f"targets=['cpu-onnxruntime','{board}']")
+    with pytest.raises(BackendError, match="board cannot be reached"), opened(plan, out, Quiet(), force=True):
+        pass
+    assert not (out / "selection").exists()

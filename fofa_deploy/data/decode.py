@@ -1,0 +1,53 @@
+"""An image, as a file has it, at the size of a plan: uint8 (C,H,W)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from fofa_deploy.config import DataPlan
+
+Pixels = NDArray[np.uint8]
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+def to_pixels(image: Image.Image, plan: DataPlan, box: Sequence[float] = WHOLE) -> Pixels:
+    """Crop, resize to the plan's size keeping the aspect ratio, centre-crop: uint8 (C,H,W).
+
+    Args:
+        box: left, top, right and bottom of a crop, as fractions of the largest part of the image that has the plan's aspect
+            ratio; what there is beside that part widens the range of places.
+    """
+    height, width = plan.image_size
+    image = _eight_bits(image).convert("L" if plan.channels == 1 else "RGB")
+    if tuple(box) != WHOLE:
+        scale = min(image.width / width, image.height / height)
+        (left, right), (top, bottom) = (
+            _placed(box[axis], box[axis + 2], scale * side, whole)
+            for axis, (side, whole) in enumerate(((width, image.width), (height, image.height)))
+        )
+        image = image.crop((left, top, right, bottom)).resize((width, height), _RESAMPLING[plan.interpolation])
+    else:
+        bleed = (1.0 - plan.crop_fraction) / 2
+        image = ImageOps.fit(image, (width, height), _RESAMPLING[plan.interpolation], bleed=bleed)
+    pixels = np.asarray(image, np.uint8)
+    return pixels[None] if plan.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _placed(start: float, end: float, part: float, whole: int) -> tuple[int, int]:
+    """The same share of the way that there is, in pixels of a side of which ``part`` is counted in."""
+    length, free = (end - start) * part, 1 - (end - start)
+    first = (start / free if free > 0 else 0.5) * (whole - length)
+    return round(first), max(round(first) + 1, round(first + length))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grayscale down: Pillow's own conversion clips it to white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image

@@ -1,0 +1,37 @@
+"""Rows that devices elsewhere gave: a run that is finished anew cannot measure them again, and must not lose them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from fofa_deploy.errors import UserError
+from fofa_deploy.report.record import read_report
+from fofa_deploy.results import TargetRow
+
+
+def joined(before: Sequence[TargetRow], rows: Sequence[TargetRow]) -> tuple[TargetRow, ...]:
+    """Each row in the place of its last one; of several that were chosen on a target, one after the other, the fastest stays so."""
+    new = {(row.target, row.recipe) for row in rows}
+    everyone = [*(row for row in before if (row.target, row.recipe) not in new), *rows]
+    return tuple(_one_chosen(row, everyone) if row.target in {target for target, _ in new} else row for row in everyone)
+
+
+def _one_chosen(row: TargetRow, everyone: Sequence[TargetRow]) -> TargetRow:
+    fastest = min((_p50(other) for other in everyone if other.chosen and other.target == row.target), default=0.0)
+    return row.model_copy(update={"chosen": row.chosen and _p50(row) == fastest})
+
+
+def _p50(row: TargetRow) -> float:
+    return row.latency_ms.p50 if row.latency_ms else math.inf
+
+
+def kept(root: Path, rows: Sequence[TargetRow], targets: Collection[str]) -> list[TargetRow]:
+    """Of the report that is there, the rows of other targets than the run's own, as far as the artifacts are still those."""
+    try:
+        before = read_report(root).targets
+    except UserError:  # none yet, or another version's
+        return []
+    built = {(row.recipe, row.sha256) for row in rows}
+    return [row for row in before if row.target not in targets and (row.recipe, row.sha256) in built]
