@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx.external_data_helper import uses_external_data
 from pydantic import ValidationError
 
 from fofa_deploy.backend import float_recipe, get_backend
@@ -72,9 +73,12 @@ def read_sidecar(file: Path, preparation: Preparation) -> Sidecar:
     """
     try:
         onnx.checker.check_model(str(file))
-        model = onnx.load(file)
+        model = onnx.load(file, load_external_data=False)
     except (onnx.checker.ValidationError, DecodeError, OSError) as error:
         raise GraphError(f"{file} is not a valid ONNX file: {str(error).splitlines()[0]}", "export it again") from error
+    if outside := [tensor.name for tensor in model.graph.initializer if uses_external_data(tensor)]:
+        problem = f"{file} keeps {len(outside)} of its weights in another file, {outside[0]} for one"
+        raise GraphError(problem, "export it as one file: torch.onnx.export(..., external_data=False)")
     beside = file.with_name("sidecar.json")
     inside = {prop.key: prop.value for prop in model.metadata_props}.get(KEY)
     if beside.is_file() or inside:
@@ -94,7 +98,9 @@ def _derived(model: onnx.ModelProto, file: Path, preparation: Preparation) -> Si
         raise GraphError(
             f"{file} maps {shapes}: not images (B,C,H,W) to logits (B,K)", "give a classifier with one input and output"
         )
-    (_, *sides), (_, classes) = shapes
+    (batch, *sides), (_, classes) = shapes
+    if batch is not None:
+        raise GraphError(f"{file} takes batches of {batch} alone", "export it with a dynamic batch axis")
     layout: Literal["NCHW", "NHWC"] = "NHWC" if sides[0] not in (1, 3) and sides[2] in (1, 3) else "NCHW"
     channels, height, width = sides if layout == "NCHW" else (sides[2], *sides[:2])
     if not (channels in (1, 3) and height and width and classes):

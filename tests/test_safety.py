@@ -107,10 +107,28 @@ def outside(model: onnx.ModelProto) -> None:
     tensor.external_data.add(key="location", value="../../../../etc/hostname")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"), [(sides, "dynamic sides"), (another_input, "not images"), (outside, "not a valid ONNX file")]
-)
-def test_a_file_that_is_no_plain_classifier_is_refused(tmp_path, change, words):
+def one_by_one(model: onnx.ModelProto) -> None:
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+
+def beside(model: onnx.ModelProto) -> None:
+    """As exporters write it unless they are told otherwise."""
+    tensor = model.graph.initializer[0]
+    Path("weights.data").write_bytes(tensor.raw_data)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.ClearField("raw_data")
+    tensor.external_data.add(key="location", value="weights.data")
+
+
+REFUSED = [
+    *((sides, "dynamic sides"), (another_input, "not images"), (outside, "not a valid ONNX file")),
+    *((one_by_one, "takes batches of 1 alone"), (beside, "keeps 1 of its weights in another file")),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED)
+def test_a_file_that_is_no_plain_classifier_is_refused(tmp_path, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
     write_graph(tmp_path)
     (tmp_path / "sidecar.json").unlink()
     model = onnx.load(tmp_path / "model.onnx")

@@ -59,6 +59,13 @@ def _cuda(result: tuple[Any, ...]) -> Any:  # noqa: ANN401
     return values[0] if values else None
 
 
+def choose_gpu(device: str) -> None:
+    """Have this process use the GPU of a profile's device, ``cuda:1``, from here on."""
+    from cuda.bindings import runtime as cuda
+
+    _cuda(cuda.cudaSetDevice(_device.ordinal(device)))
+
+
 class TensorRtSession:
     """One execution context on one stream, with device buffers for the engine's largest batch."""
 
@@ -67,7 +74,7 @@ class TensorRtSession:
 
         self._api: Any = cuda
         self._trt: Any = trt
-        _cuda(cuda.cudaSetDevice(_device.ordinal(device)))
+        choose_gpu(device)
         self._runtime = trt.Runtime(logger(trt))
         self._engine = self._runtime.deserialize_cuda_engine(engine)
         if self._engine is None:

@@ -13,7 +13,13 @@ from fofa_deploy.errors import BackendError
 from fofa_deploy.types import Layer, LayerTime, Precision, TensorSpec
 from fofa_exporters import _onnx
 
-_PRECISIONS = {"FLOAT": Precision.FP32, "HALF": Precision.FP16, "BF16": Precision.BF16, "INT8": Precision.INT8}
+_PRECISIONS = {
+    "FLOAT": Precision.FP32,
+    "HALF": Precision.FP16,
+    "INT8": Precision.INT8,
+    "BF16": Precision.BF16,
+    "BFLOAT16": Precision.BF16,
+}
 _PRODUCTS = frozenset({"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY"})
 _TRANSPARENT = frozenset({"SHUFFLE", "CAST", "IDENTITY", "QUANTIZE", "DEQUANTIZE"})
 
@@ -77,7 +83,8 @@ def _output_format(row: dict[str, Any]) -> str:
     """The inspector writes either ``Half`` or a phrase such as ``Channel major FP16 format where ...``."""
     outputs = row.get("Outputs") or [{}]
     phrase = str(outputs[0].get("Format/Datatype", ""))
-    words = {"FP32": "FLOAT", "FLOAT": "FLOAT", "FP16": "HALF", "HALF": "HALF", "BF16": "BF16", "INT8": "INT8"}
+    # bfloat16 first, which has float in it.
+    words = {"BFLOAT16": "BF16", "BF16": "BF16", "FP32": "FLOAT", "FLOAT": "FLOAT", "FP16": "HALF", "HALF": "HALF", "INT8": "INT8"}
     return next((name for word, name in words.items() if word in phrase.upper()), phrase)
 
 

@@ -21,7 +21,9 @@ _WEIGHT_INPUT = {
     "MatMulNBits": 1, "Attention": 1, "ConvInteger": 1, "MatMulInteger": 1, "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1,
     "QAttention": 1, "QLinearConv": 3, "QLinearMatMul": 3, "QGemm": 3,
 }  # fmt: skip
-_INTEGER = frozenset({"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QuantizeLinear", "QGemm"})
+_INTEGER = frozenset(
+    ("ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QuantizeLinear", "QGemm", "QAttention")
+)
 _SPELLED = {
     "float": Precision.FP32, "float32": Precision.FP32, "float16": Precision.FP16, "bfloat16": Precision.BF16,
     "int8": Precision.INT8, "uint8": Precision.INT8,

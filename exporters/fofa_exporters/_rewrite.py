@@ -74,7 +74,7 @@ def absorb_endless_pads(model: onnx.ModelProto) -> onnx.ModelProto:
     out = onnx.ModelProto()
     out.CopyFrom(model)
     pads = {node.output[0]: node for node in out.graph.node if _is_endless(node, known)}
-    for pool in out.graph.node:
+    for pool in list(out.graph.node):
         pad = pads.get(pool.input[0]) if pool.op_type == "MaxPool" else None
         if pad is None or readers[pad.output[0]] > 1 or pad.output[0] in outputs:
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -32,7 +32,7 @@ from fofa_deploy.types import (
     Scalar,
 )
 from fofa_exporters import _onnx, _typed
-from fofa_exporters._cuda import TensorRtSession, logger, no_gpu, words
+from fofa_exporters._cuda import TensorRtSession, choose_gpu, logger, no_gpu, words
 from fofa_exporters._engine import inspector_layers, layer_time, network_layers, typed_layers
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import grown
@@ -69,7 +69,8 @@ class _Family:
 
     def recipes(self, profile: HardwareProfile, graph: Graph) -> Sequence[Recipe]:
         """fp16 first: TensorRT-RTX documents int8 only for weights of matrix products, so int8 has to prove itself."""
-        batch: dict[str, Scalar] = {"max_batch": max(profile.execution.batch_sizes)}
+        sizes = profile.execution.batch_sizes
+        batch: dict[str, Scalar] = {"max_batch": max(sizes), "best_batch": sizes[0], "device": profile.device.name}
         if self._builds_there(profile):
             batch["on_device"] = True
         rest = Precision.FP16 if Precision.FP16 in profile.precisions else Precision.FP32
@@ -88,7 +89,7 @@ class _Family:
                 out, main, backend=self.name, recipe=recipe, graph=graph, layers=typed_layers(typed), versions=versions
             )
         trt = self.runtime()
-        engine, layers = _build_engine(trt, typed, int(recipe.options.get("max_batch", 1)))
+        engine, layers = _build_engine(trt, typed, recipe.options)
         main = out / ENGINE
         main.write_bytes(engine)
         versions = self.versions(trt)
@@ -212,21 +213,23 @@ def _written(model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | 
 # --- building -----------------------------------------------------------------------------------------------------
 
 
-def _build_engine(trt: ModuleType, model: onnx.ModelProto, max_batch: int) -> tuple[bytes, tuple[Layer, ...]]:
-    """Serialized engine and layer table of a typed ONNX graph.
+def _build_engine(trt: ModuleType, model: onnx.ModelProto, options: Mapping[str, Scalar]) -> tuple[bytes, tuple[Layer, ...]]:
+    """Serialized engine and layer table of a typed ONNX graph; for the GPU that the options name, where there is one.
 
     Raises:
         BuildError: the parser or the compiler refused, in TensorRT's own words.
     """
     log = logger(trt)
     log.errors.clear()
+    if not no_gpu():
+        choose_gpu(str(options.get("device", "")))
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse(model.SerializeToString()):
         faults = [str(parser.get_error(index)) for index in range(parser.num_errors)]
         raise BuildError(f"TensorRT's parser refused the graph: {words(faults)}", "try another recipe")
-    engine = builder.build_serialized_network(network, _config(trt, builder, network, max_batch))
+    engine = builder.build_serialized_network(network, _config(trt, builder, network, options))
     if engine is None:
         raise BuildError(f"TensorRT's compiler refused the graph: {words(log.errors)}", "try another recipe")
     data = bytes(engine)
@@ -239,14 +242,15 @@ def _network_flags(trt: ModuleType) -> int:
     return sum(1 << int(getattr(flags, name)) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if hasattr(flags, name))
 
 
-def _config(trt: ModuleType, builder: Any, network: Any, max_batch: int) -> Any:  # noqa: ANN401
-    """A profile for batch 1..max_batch. No timing cache: creating one forces TensorRT-RTX to look for a GPU."""
+def _config(trt: ModuleType, builder: Any, network: Any, options: Mapping[str, Scalar]) -> Any:  # noqa: ANN401
+    """For batches from one to the largest, fastest at the best. No timing cache: one forces TensorRT-RTX to look for a GPU."""
+    best, largest = (int(options.get(name, 1)) for name in ("best_batch", "max_batch"))
     config = builder.create_builder_config()
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shape = tuple(tensor.shape)[1:]
-        profile.set_shape(tensor.name, (1, *shape), (1, *shape), (max_batch, *shape))
+        profile.set_shape(tensor.name, (1, *shape), (min(best, largest), *shape), (largest, *shape))
     config.add_optimization_profile(profile)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if hasattr(trt.BuilderFlag, "TF32"):

@@ -92,6 +92,7 @@ def _openvino(job: dict[str, Any], path: Path, threads: int, batch: int) -> tupl
 def build_engine(job: dict[str, Any], source: Path, target: Path) -> None:
     """A TensorRT engine from the job's typed ONNX file: engines run only on the GPU and the version they were built for."""
     trt = importlib.import_module(MODULES[job["runtime"]])
+    _cudart()("cudaSetDevice", ordinal(job["device_name"]))
     logger = trt.Logger(trt.Logger.ERROR)
     builder, names = trt.Builder(logger), trt.NetworkDefinitionCreationFlag
     flags = sum(1 << int(getattr(names, name)) for name in ("EXPLICIT_BATCH", "STRONGLY_TYPED") if hasattr(names, name))
@@ -100,8 +101,8 @@ def build_engine(job: dict[str, Any], source: Path, target: Path) -> None:
     if not parser.parse(source.read_bytes()):
         raise RunnerError(f"TensorRT's parser refused the graph: {parser.get_error(0)}")
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    shape, largest = tuple(network.get_input(0).shape)[1:], max(*job["checked"], *(line["batch"] for line in job["grid"]))
-    profile.set_shape(job["input"], (1, *shape), (1, *shape), (largest, *shape))
+    shape, batches = tuple(network.get_input(0).shape)[1:], [line["batch"] for line in job["grid"]]
+    profile.set_shape(job["input"], *((size, *shape) for size in (1, batches[0], max(*job["checked"], *batches))))
     config.add_optimization_profile(profile)
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fofa_deploy.types import Calibration
 from fofa_exporters import _onnx
 from fofa_exporters._quantization import Scheme, prepare, quantized
-from fofa_exporters._quantization.recover import _Folded, learned, smoothed
+from fofa_exporters._quantization.recover import _Folded, _strides, learned, smoothed
 from fofa_exporters._quantization.statistics import Channels, observe
 
 from .conftest import Captured
@@ -70,18 +70,22 @@ def test_learned_rounding_survives_inputs_that_are_always_zero():
 
 
 @pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("operator", ["Conv", "ConvTranspose"])
-def test_a_folded_weight_times_the_mean_input_is_the_mean_output(operator: str, groups: int):
+def test_a_folded_weight_times_the_mean_input_is_the_mean_output(operator: str, stride: int, groups: int):
     """On maps that are constant, away from their edges, where every tap of a kernel sees the same."""
     rng = np.random.default_rng(0)
     channels, per_group = 8, 3
     shape = (per_group * groups, channels // groups, 3, 3) if operator == "Conv" else (channels, per_group, 3, 3)
     weight, mean = rng.normal(size=shape).astype(np.float32), rng.normal(size=channels).astype(np.float32)
-    folded = _Folded.of(helper.make_node(operator, ["x", "w"], ["y"], group=groups), shape)
-    found = np.einsum("gok,gk->go", folded.fold(weight), folded.inputs(Channels(mean, mean, mean))).ravel()
+    node = helper.make_node(operator, ["x", "w"], ["y"], group=groups, strides=[stride, stride])
+    folded = _Folded.of(node, shape)
+    found = np.einsum("gok,gk->go", folded.fold(weight), folded.inputs(Channels(mean, mean, mean))).ravel() / _strides(node)
     layer = functional.conv2d if operator == "Conv" else functional.conv_transpose2d
-    maps = torch.from_numpy(mean)[None, :, None, None].expand(1, -1, 7, 7)
-    expected = layer(maps, torch.from_numpy(weight), padding=1, groups=groups)[0, :, 3, 3].numpy()
+    maps = torch.from_numpy(mean)[None, :, None, None].expand(1, -1, 15, 15)
+    period = slice(4, 4 + stride)  # a transposed convolution's outputs see other taps in turns
+    outputs = layer(maps, torch.from_numpy(weight), padding=1, stride=stride, groups=groups)
+    expected = outputs[0, :, period, period].mean((1, 2)).numpy()
     assert found == pytest.approx(expected, abs=1e-4)
     assert np.array_equal(folded.unfold(folded.fold(weight)), weight)
     steps = np.arange(shape[0] if operator == "Conv" else per_group, dtype=np.float32)

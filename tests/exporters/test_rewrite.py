@@ -188,6 +188,19 @@ def test_padding_with_minus_infinity_becomes_the_pool_s_own(pool):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_of_several_padded_pools_none_is_forgotten():
+    """Whatever stands between a padding and its pool."""
+    model = _padded(-np.inf, AROUND)
+    pad, pool = model.graph.node
+    other, second = helper.make_node("Pad", [*pad.input], ["padded2"], name="pad2"), onnx.NodeProto()
+    second.CopyFrom(pool)
+    second.input[0], second.output[0], second.name = "padded2", "pooled2", "pool2"
+    del model.graph.node[:]
+    model.graph.node.extend([pad, other, pool, second])
+    model.graph.output.append(helper.make_tensor_value_info("pooled2", onnx.TensorProto.FLOAT, [2, 3, None, None]))
+    assert [node.op_type for node in absorb_endless_pads(model).graph.node] == ["MaxPool", "MaxPool"]
+
+
 @pytest.mark.parametrize(
     ("value", "sides", "pool"),
     [

@@ -107,5 +107,7 @@ def test_tiny_calibration_is_refused(count: int, tmp_path: Path):
 
 
 def test_constant_calibration_is_refused(tmp_path: Path):
-    with pytest.raises(DataError, match="constant"):
-        require_calibration(INT8, _calibration(tmp_path, np.zeros((32, 3, 8, 8), np.uint8)))
+    for colour in ((0, 0, 0), (200, 10, 10)):
+        flat = np.broadcast_to(np.array(colour, np.uint8)[None, :, None, None], (32, 3, 8, 8)).copy()
+        with pytest.raises(DataError, match="of one colour"):
+            require_calibration(INT8, _calibration(tmp_path, flat))

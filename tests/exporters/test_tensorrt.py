@@ -146,7 +146,7 @@ def test_the_parsers_own_words_reach_the_error(captured: dict[str, Captured]):
     model = onnx.load(captured["cnn"].graph.path)
     model.graph.node[0].op_type = "NoSuchOperator"
     with pytest.raises(BuildError, match="NoSuchOperator"):
-        tensorrt._build_engine(trt, model, 1)
+        tensorrt._build_engine(trt, model, {})
 
 
 def test_inspector_rows_are_read():
@@ -158,11 +158,38 @@ def test_inspector_rows_are_read():
         "Weights": {"Type": "Int8", "Count": 9408},
     }
     cast = {"Name": "cast", "LayerType": "Reformat", "Outputs": [{"Name": "z", "Format/Datatype": "Row major linear FP16 format"}]}
-    rows = tensorrt.inspector_layers(json.dumps({"Layers": [convolution, cast, "not detailed"]}))
+    brain = convolution | {"Weights": {"Type": "BFloat16", "Count": 9408}}
+    back = cast | {"Outputs": [{"Name": "z", "Format/Datatype": "Row major linear BFloat16 format"}]}
+    rows = tensorrt.inspector_layers(json.dumps({"Layers": [convolution, cast, brain, back, "not detailed"]}))
     assert [(row.operator, row.precision, row.weighted) for row in rows] == [
         ("CaskConvolution", Precision.INT8, True),
         ("Reformat", Precision.FP16, False),
+        ("CaskConvolution", Precision.BF16, True),
+        ("Reformat", Precision.BF16, False),
     ]
+
+
+@pytest.mark.parametrize(("sizes", "shapes"), [((1, 8), (1, 1, 8)), ((32,), (1, 32, 32)), ((4, 2), (1, 4, 4))])
+def test_an_engine_is_fastest_at_the_batch_that_recipes_are_chosen_by(sizes, shapes, captured):
+    """And is made for the GPU of its profile, which is part of what it is."""
+    profile = profile_for(NAME)
+    execution = profile.execution.model_copy(update={"batch_sizes": sizes})
+    device = profile.device.model_copy(update={"name": "cuda:1"})
+    profile = profile.model_copy(update={"execution": execution, "device": device})
+    options = get_backend(NAME).recipes(profile, captured["cnn"].graph)[0].options
+    assert options["device"] == "cuda:1"
+    told = []
+    profiled = SimpleNamespace(set_shape=lambda name, *shapes: told.append(tuple(shape[0] for shape in shapes)))
+    builder = SimpleNamespace(create_builder_config=_Config, create_optimization_profile=lambda: profiled)
+    network = SimpleNamespace(num_inputs=1, get_input=lambda _: SimpleNamespace(name="images", shape=(-1, 3, 8, 8)))
+    verbosity = SimpleNamespace(ProfilingVerbosity=SimpleNamespace(DETAILED=1), BuilderFlag=SimpleNamespace())
+    tensorrt._config(verbosity, builder, network, options)
+    assert told == [shapes]
+
+
+class _Config(SimpleNamespace):
+    def add_optimization_profile(self, profile):
+        self.profile = profile
 
 
 @pytest.mark.parametrize(("name", "ordinal"), [("GPU", 0), ("cuda:0", 0), ("cuda:1", 1), ("GPU.2", 2), ("CPU", 0)])

@@ -8,6 +8,7 @@ Data-free quantization, ICCV 2019, arXiv 1906.04721).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,7 +140,13 @@ class _Layer:
         """What rounding took from the mean of every output."""
         whole = self.folded.fold(numpy_helper.to_array(self.stored)).astype(np.float32)
         change = np.einsum("gok,gk->go", self.before - whole * self.scale[..., None], self.folded.inputs(channels))
-        return np.asarray(change.ravel())
+        return np.asarray(change.ravel() / _strides(self.node), np.float32)
+
+
+def _strides(node: onnx.NodeProto) -> int:
+    """Of a transposed convolution's taps, an output sees one in so many, on average."""
+    found = next((attribute.ints for attribute in node.attribute if attribute.name == "strides"), ())
+    return math.prod(found) if node.op_type == "ConvTranspose" else 1
 
 
 def _round(layers: list[_Layer], grams: dict[str, Floats], scheme: Scheme) -> None:

@@ -207,7 +207,7 @@ def require_calibration(recipe: Recipe, calibration: Calibration | None) -> Cali
 
     Raises:
         BuildError: none were given.
-        DataError: too few of them, or all of one value.
+        DataError: too few of them, or all of one colour.
     """
     if calibration is None:
         raise BuildError(f"recipe {recipe.name!r} needs calibration images and got none", "add calibration images to the plan")
@@ -215,8 +215,8 @@ def require_calibration(recipe: Recipe, calibration: Calibration | None) -> Cali
     if len(images) < MIN_IMAGES:
         found = f"{calibration.images} holds {len(images)} images, fewer than {MIN_IMAGES}"
         raise DataError(found, "calibrate on more real images")
-    varied = sum(int(image.min() != image.max()) for image in images)
+    varied = sum(bool((image != image[:, :1, :1]).any()) for image in images)
     if varied < MIN_IMAGES:
-        found = f"all but {varied} images of {calibration.images} are of one constant value"
+        found = f"all but {varied} images of {calibration.images} are of one colour"
         raise DataError(found, "calibrate on real, varied images")
     return calibration
