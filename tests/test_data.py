@@ -452,3 +452,11 @@ def test_every_class_has_one_of_the_plans_names(folder):
     assert load_data(folder_plan(folder, class_names=("Cat", "Dog")), 0).class_names == ("Cat", "Dog")
     with pytest.raises(DataError, match="class_names has 3 names, and there are 2 classes"):
         load_data(folder_plan(folder, class_names=("Cat", "Dog", "Eel")), 0)
+
+
+def test_class_folders_that_have_no_order_are_refused(folder):
+    """timm sorts a set of them: which label is whose would change from process to process."""
+    for split in ("train", "validation"):
+        picture(folder / split / "Cat" / "0.png")
+    with pytest.raises(DataError, match="the class folders Cat and cat have no order"):
+        load_data(folder_plan(folder), 0)

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -337,6 +338,9 @@ def _check_folders(train: FileSource, test: FileSource, plan: DataPlan) -> None:
     if sorted(train.folders) != sorted(test.folders):
         odd = ", ".join(sorted({*train.folders} ^ {*test.folders})[:5])
         raise DataError(f"training and test splits have different classes: {odd}", "give both splits the same class folders")
+    alike = [names for names in _by_rank(train.folders) if len(names) > 1]
+    if alike:
+        raise DataError(f"the class folders {' and '.join(alike[0])} have no order: labels would change", "rename one of them")
     if train.folders and plan.class_names and len(train.folders) != len(plan.class_names):
         problem = f"data.class_names has {len(plan.class_names)} names, and there are {len(train.folders)} classes"
         raise DataError(problem, "name every class once, in the order of the folders' names")
@@ -347,6 +351,13 @@ def _refuse_same_files(train: FileSource, test: FileSource, plan: DataPlan) -> N
     if set(train.files) & set(test.files):
         problem = f"training split {plan.train_split!r} and test split {plan.test_split!r} share images below {plan.root}"
         raise DataError(problem, "make train/ and validation/ folders there, or name data.train_split and data.test_split")
+
+
+def _by_rank(folders: Sequence[str]) -> list[list[str]]:
+    """Names that timm, which numbers them in this order, cannot tell apart: it ignores case, and zeros in front of a number."""
+    from timm.utils.misc import natural_key
+
+    return [list(names) for _, names in groupby(sorted(folders, key=lambda name: (natural_key(name), name)), natural_key)]
 
 
 def _root(plan: DataPlan) -> Path:
