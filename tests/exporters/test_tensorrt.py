@@ -77,7 +77,7 @@ def test_an_activation_without_bf16_works_between_casts():
     ]
     graph = make.make_graph(nodes, "g", [images], [shown], [weights])
     model = make.make_model(graph, opset_imports=[make.make_opsetid("", 18)])
-    _, layers = tensorrt._build_engine(trt, tensorrt._narrow(model, tensorrt.BF16, None), 1)
+    _, layers = tensorrt._build_engine(trt, tensorrt._narrow(model, tensorrt.BF16, None), {})
     assert {layer.precision for layer in layers if layer.weighted} == {Precision.BF16}
 
 
@@ -91,7 +91,7 @@ def test_a_transposed_convolution_without_bf16_works_between_casts():
     tensors = [onnx.numpy_helper.from_array(value, name) for name, value in values.items()]
     node = make.make_node("ConvTranspose", ["images", *values], ["shown"], "up", strides=[2, 2])
     model = make.make_model(make.make_graph([node], "g", [images], [shown], tensors), opset_imports=[make.make_opsetid("", 18)])
-    _, layers = tensorrt._build_engine(trt, tensorrt._narrow(model, tensorrt.BF16, None), 1)
+    _, layers = tensorrt._build_engine(trt, tensorrt._narrow(model, tensorrt.BF16, None), {})
     assert [layer.precision for layer in layers if layer.weighted] == [Precision.FP32]
 
 
@@ -315,6 +315,6 @@ def test_a_recurrent_network_has_a_layer_table():
     values = [make("tokens", onnx.TensorProto.FLOAT, ["batch", 5, 3]), make("states", onnx.TensorProto.FLOAT, [5, 1, "batch", 4])]
     graph = onnx.helper.make_graph(nodes, "lstm", values[:1], values[1:], weights)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
-    engine, layers = tensorrt._build_engine(trt, model, 8)
+    engine, layers = tensorrt._build_engine(trt, model, {"max_batch": 8})
     assert len(engine) > 1000
     assert any(layer.weighted and layer.precision == "fp32" for layer in layers)
