@@ -148,3 +148,11 @@ def test_an_onnx_file_needs_a_profile(tmp_path):
     shown = run_cli("quantize", tmp_path / "model.onnx")
     assert shown.returncode == 2
     assert "--profile" in shown.stderr
+
+
+def test_a_table_in_a_log_is_neither_squeezed_nor_padded(capsys):
+    from fofa_deploy.cli.show import table
+
+    path, note = "/".join(["folder"] * 40), "a note of several words"
+    table("", ("model", "note"), [(path, note), (path, "")])
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"{path}  {note}", path]

@@ -11,6 +11,9 @@ from statistics import mean, median, stdev
 import study
 from scipy import stats
 
+from fofa_deploy.training import FofaPlan
+
+USUAL = FofaPlan()
 FORM_REFERENCE = "no feedback"
 MUTED = "†"
 Block = tuple[str, int]
@@ -27,7 +30,14 @@ def write(lines: Sequence[dict], regimes: Iterable[study.Regime], folder: Path) 
         "Written by `python benchmarks/distillation/run.py report` from `results.jsonl`; nothing here is typed by hand.",
         "Fashion-MNIST at 16 x 16 pixels, networks of `models.py`, plans of `study.py`. Validation: 6,000 training images that no",
         "student trains on. A seed is an initialization, an order and an augmentation, the same for all methods. Differences are",
-        "averaged over pairs, so that a seed is one number, and tested over the seeds that all pairs have (paired t-test, Holm).",
+        "averaged over pairs, so that a seed is one number, and tested over the seeds that all pairs have (paired t-test, Holm;",
+        "from three seeds on).",
+        "",
+        f"Every method had {_choices()} settings to choose from on validation images, one for all pairs. {study.DEFAULT!r} has",
+        f"those of {study.UNPROMPTED!r}, in which features teach to the end and which knows no prompts; what it has",
+        f"besides was chosen among {len(study.FORMS)} forms of feedback and {len(study.ENDS)} lengths, on validation images too.",
+        f"FOFA's attention is {study.FOFA['width']} wide with {study.FOFA['heads']} heads here, for networks of this size;",
+        f"usually it is {USUAL.width} wide with {USUAL.heads}.",
         "",
         *_muted(lines),
         *_teachers(lines),
@@ -63,10 +73,18 @@ def _muted(lines: Sequence[dict]) -> list[str]:
 
 def _teachers(lines: Iterable[dict]) -> list[str]:
     latest = {(line["teacher"], line["epochs"]): line for line in lines if line["phase"] == "teacher"}
+    used = "; ".join(f"of {regime.teacher_epochs} epochs for students of {regime.described}" for regime in study.REGIMES.values())
     rows = [
         f"| {kind} | {epochs} | {line['test']:.2%} | {line['validation']:.2%} |" for (kind, epochs), line in sorted(latest.items())
     ]
-    return ["## Teachers", "", "| family | epochs | test | validation |", "|---|---|---|---|", *rows, ""] if rows else []
+    head = ["## Teachers", "", f"All training images; {used}.", "", "| family | epochs | test | validation |", "|---|---|---|---|"]
+    return [*head, *rows, ""] if rows else []
+
+
+def _choices() -> str:
+    """Three to five, say: so many settings the methods of the table had."""
+    counts = [len(method.choices) for method in study.METHODS if len(method.choices) > 1]
+    return f"{min(counts)} to {max(counts)}"
 
 
 def _settings(lines: Sequence[dict], regime: study.Regime) -> list[str]:
@@ -87,7 +105,8 @@ def _settings(lines: Sequence[dict], regime: study.Regime) -> list[str]:
         for (phase, who, setting), found in sorted(tried.items())
     ]
     head = ["| who | setting | validation accuracy, mean over pairs | pairs |", "|---|---|---|---|"]
-    return [f"## Settings tried on validation images, {regime.described}", "", *head, *rows, ""]
+    title = f"## Settings tried on validation images, {regime.described}"
+    return [title, "", "Learning rates with half of these epochs, the rest with a quarter; one seed.", "", *head, *rows, ""]
 
 
 def _student(line: dict) -> str:
@@ -161,9 +180,11 @@ def _comparison(scores: dict[str, dict[Block, float]], regime: study.Regime, fol
     return [
         f"## Test accuracy, {regime.described}",
         "",
+        *([f"At the settings that were chosen for {study.REGIMES[regime.settled].described}.", ""] if regime.settled else []),
         f"![mean and standard deviation over seeds](methods-{regime.name}.svg)",
         "",
         *_table(scores, named, pairs, study.DEFAULT, set()),
+        *(note for name, notes in study.NOTES.items() if name in named for note in (*notes, "")),
         *_behind(scores, named, study.UNPROMPTED),
     ]
 

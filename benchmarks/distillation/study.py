@@ -201,6 +201,15 @@ ABLATIONS = (
     _default("FOFA with fixed weights", balance="fixed"),
 )
 
+NOTES = {
+    UNPROMPTED: (
+        f"{UNPROMPTED!r} is the form that was tuned: features to the end, the balance measured twice as often. What a prompt is",
+        f"worth by itself, the row {UNPROMPTED + ', features in the first half'!r} tells.",
+    ),
+    "FOFA without features": ("'FOFA without features' keeps RSD, and lacks the maps that attention blends.",),
+}
+"""What a name does not say."""
+
 
 def data(root: str, limit: int | None) -> DataPlan:
     return DataPlan.model_validate(

@@ -22,8 +22,8 @@ Test accuracy of the exported artifact, mean and standard deviation over seeds, 
 (batch 1, all cores). The budgets and the contenders are those of [benchmarks/select](../select/README.md).
 
 - **ours**: what the selection takes for the budget among the contenders and the teacher itself: a student, distilled by the default
-  plan, or the teacher as it is; and the artifact that the tuner deploys of it on the target. The selection ran once; a student was
-  trained with every seed.
+  plan of 2026-11-28 (see there), or the teacher as it is; and the artifact that the tuner deploys of it on the target. The
+  selection ran once; a student was trained with every seed.
 - **the teacher, NNCF's defaults**: `nncf.quantize` as it comes, on OpenVINO; one figure, for there is one teacher.
 - **trained alone, quantize_static's defaults**: the same schedule without a teacher, `quantize_static` as it comes, on
   ONNX Runtime.

@@ -104,7 +104,7 @@ def _verdict(record: Record, times: Times, pick: Picked) -> Verdict:
         best=best,
         chosen=pick.contender,
         regret={way: regret(name, fitting) for way, name in named.items()},
-        test={name: truth[name].test for name in {best, *filter(None, named.values())}},
+        test={name: truth[name].test for name in sorted({best, *filter(None, named.values())})},
         cost=cost(pick.images, truth),
         **rules,
     )

@@ -26,6 +26,9 @@ default plan, tuned for the target, and timed beside all others in one interleav
 fastest quarter, half and three quarters, half-way (in logarithms) to the next slower contender; they were set once, from these
 latencies.
 
+When this was recorded, on 2026-11-28, the default plan was `fofa+rsd+dist` without prompts and with features to the end; today's
+has not been run here.
+
 - **chosen**: by `student.model = "auto"` with the budget in the plan, which knows neither the truth nor the test images; nothing
   where by what it measured itself nobody keeps the budget.
 - **by FLOPs**, **by parameters**: the largest by that count of those that the *measured* latencies let in, which is generous.

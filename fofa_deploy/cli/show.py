@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from fofa_deploy.files import FileRow
     from fofa_deploy.results import Measurement, RunReport, TargetRow
 
-LOG_WIDTH = 180
+LOG_WIDTH = 1000
 
 _COLOURS = {"verified": "green", "built-not-run": "cyan", "rejected": "yellow", "failed": "red", "skipped": "dim"}
 
@@ -32,11 +33,17 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         view.add_column(column, overflow="fold", no_wrap=number < len(columns) - 1)
     for row in rows:
         view.add_row(*row)
-    console().print(view)
+    screen = console()
+    if screen.is_terminal:
+        screen.print(view)
+        return
+    with screen.capture() as lines:
+        screen.print(view)
+    click.echo("\n".join(line.rstrip() for line in lines.get().splitlines()))
 
 
 def console() -> Console:
-    """Standard output; a pipe or a log file has no width of its own and gets enough for a table."""
+    """Standard output; a pipe or a log file has no width of its own and gets enough for every path in a table."""
     found = Console(highlight=False)
     return found if found.is_terminal else Console(highlight=False, width=LOG_WIDTH)
 
