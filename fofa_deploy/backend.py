@@ -137,10 +137,10 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def is_native(name: str) -> bool:
-    """Whether a back end's files are machine code: opening one is running it."""
-    backend = get_backend(name)
-    return isinstance(backend, FileOpener) and backend.native
+def is_native(artifact: Artifact) -> bool:
+    """Whether an artifact's file is machine code: opening one is running it. What its device has yet to build is none."""
+    backend = get_backend(artifact.backend)
+    return isinstance(backend, FileOpener) and backend.native and not artifact.recipe.options.get("on_device")
 
 
 def untrusted(path: Path) -> IntegrityError:

@@ -159,7 +159,7 @@ def _artifact(folder: Path, trusted: bool) -> Artifact:
             problem, "several models are measured as they are: name files and artifacts' folders, or one run directory alone"
         )
     artifact = Artifact.load(folder)
-    if is_native(artifact.backend) and not trusted:
+    if is_native(artifact) and not trusted:
         raise untrusted(artifact.path)
     return artifact
 

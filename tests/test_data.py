@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 
 from fofa_deploy.config import DataPlan
-from fofa_deploy.data import augmented, epoch_batches, eval_batches, load_data, preprocessing, scan, write_split
+from fofa_deploy.data import augmented, epoch_batches, eval_batches, load_data, preprocessing, scan, sources, write_split
 from fofa_deploy.data.batches import uniform
 from fofa_deploy.data.decode import to_pixels
-from fofa_deploy.data.sources import check_labels
+from fofa_deploy.data.sources import FileSource, check_labels
 from fofa_deploy.data.splits import ORIGIN, Split, stratified
 from fofa_deploy.errors import DataError
 from fofa_deploy.inference import Normalize
@@ -460,3 +460,25 @@ def test_class_folders_that_have_no_order_are_refused(folder):
         picture(folder / split / "Cat" / "0.png")
     with pytest.raises(DataError, match="the class folders Cat and cat have no order"):
         load_data(folder_plan(folder), 0)
+
+
+def test_several_names_of_one_class_are_no_folders(folder):
+    """ImageNet's data set in torchvision maps every synonym."""
+    from timm.data import create_dataset
+
+    plan = folder_plan(folder, class_names=("Cat", "Dog"))
+    dataset = create_dataset("", root=str(folder), split="train")
+    assert FileSource(dataset, plan, "train").folders == ("cat", "dog")
+    dataset.reader.class_to_idx = {"cat": 0, "kitty": 0, "dog": 1, "hound": 1}
+    assert FileSource(dataset, plan, "train").folders == ()
+
+
+def test_another_size_of_a_data_set_is_not_read_for_its_digest(folder, monkeypatch):
+    """Of several processes that train only the first one needs it, and the others would wait."""
+    data, read = load_data(folder_plan(folder), 0), []
+    digest_file = sources.digest_file
+    monkeypatch.setattr(sources, "digest_file", lambda path: (read.append(path), digest_file(path))[1])
+    twin = data.train.source.at(data.plan.model_copy(update={"image_size": (4, 4)}))
+    assert not read
+    assert twin.digest == data.train.source.digest
+    assert len(read) == 16

@@ -282,6 +282,15 @@ def test_an_artifact_is_an_engine_by_its_back_end_and_not_by_its_name(tmp_path):
         subjects([folder], Wish(targets=(find_profile("rtx-desktop"),)), SETTINGS)
 
 
+def test_what_a_device_has_yet_to_build_is_no_engine(tmp_path):
+    folder = build(write_graph(tmp_path / "graph"), "cpu-onnxruntime", tmp_path / "built")
+    record = folder / "artifact.json"
+    told = json.loads(record.read_text()) | {"backend": "tensorrt-rtx"}
+    told["recipe"]["options"]["on_device"] = True
+    record.write_text(json.dumps(told))
+    assert subjects([folder], Wish(targets=(find_profile("rtx-desktop"),)), SETTINGS)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"backend": 1, "files": [null]}'])
 def test_an_artifact_without_a_sound_record_is_told(tmp_path, content):
     (tmp_path / "artifact.json").write_text(content)

@@ -50,7 +50,8 @@ def command(
 ) -> None:
     """Judge CANDIDATE (a run directory, baseline, artifact folder or bundle) by its budgets, and against a baseline.
 
-    Both are run again, side by side, in fresh processes. Exit codes: 0 passed, 1 a regression, 4 inconclusive: too noisy to judge.
+    Both are run again, side by side, in fresh processes. Exit codes: 0 passed, 1 a regression, 4 inconclusive (noise,
+    another device).
     """
     if plot and not history:
         raise click.UsageError("--plot draws a history: name it with --history")
@@ -68,9 +69,10 @@ def command(
         append_history(history, report)
         if plot:
             write(plot, picture(read_history(history)))
-    if update_baseline:
-        click.echo(f"baseline: {write_baseline(update_baseline, report, kept)}", err=True)
     _show(report, as_json)
+    if update_baseline:
+        without = "".join(f", without {name}" for name in report.figures if name not in kept)
+        click.echo(f"baseline: {write_baseline(update_baseline, report, kept)}{without}", err=True)
     sys.exit(report.exit_code)
 
 

@@ -123,12 +123,16 @@ class FileSource:
         self._items, self._plan, self._where = getattr(dataset, "reader", dataset), plan, where
         self._samples = getattr(self._items, "samples", None)
         self.labels = np.asarray(_labels(self._items), np.int64)
-        self.folders = tuple(getattr(self._items, "class_to_idx", None) or ())
+        numbers = getattr(self._items, "class_to_idx", None) or {}
+        self.folders = tuple(numbers) if len(set(numbers.values())) == len(numbers) else ()  # else synonyms, as ImageNet's
         self.class_names = plan.class_names or _class_names(dataset, self.labels)
+        self._original: FileSource | None = None
 
     @cached_property
     def digest(self) -> str:
         """Of every file's content and place below the root; of the decoded images where there are no files."""
+        if self._original:
+            return self._original.digest  # of the same originals, even where it is taken of decoded images
         if isinstance(self._items, Shards):
             return digest([self._items.digest, self.class_names])  # which lie beside them
         if self.files:
@@ -142,8 +146,7 @@ class FileSource:
 
     def at(self, plan: DataPlan) -> FileSource:
         twin = copy.copy(self)
-        twin._plan = plan
-        twin.digest = self.digest  # of the same originals, even where it was taken of decoded images
+        twin._plan, twin._original = plan, self._original or self
         return twin
 
     @cached_property

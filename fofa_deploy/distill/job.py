@@ -20,7 +20,7 @@ from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.tapped import TappedModel
 from fofa_deploy.distill.taps import tap
-from fofa_deploy.errors import TrainingError
+from fofa_deploy.errors import ModelError, TrainingError
 from fofa_deploy.inference import Normalize, predict
 from fofa_deploy.metrics import topk
 from fofa_deploy.models import build_model, load_weights, parameter_count, save_weights
@@ -118,10 +118,18 @@ class Workshop:
         self._finish(plan.student, model, out)
 
     def affinity(self, plan: ModelPlan, folder: Path, taught_by: Taught, method: DistillPlan) -> float | None:
-        """How alike a trained student and its teacher see validation images (:mod:`fofa_deploy.distill.affinity`), 0 to 1."""
+        """How alike a trained student and its teacher see validation images (:mod:`fofa_deploy.distill.affinity`), 0 to 1.
+
+        None where they see every image alike, or one of them has no features to compare.
+        """
         teacher_plan, taught = taught_by
         pair = [(plan, folder), (teacher_plan, taught)]
-        student, teacher = (self._tapped(self.load(p, f), p, method.fofa.stages) for p, f in pair)
+        try:
+            student, teacher = (self._tapped(self.load(p, f), p, method.fofa.stages) for p, f in pair)
+        except ModelError:
+            if set(method.terms) & set(MAP_TERMS):
+                raise
+            return None  # such methods learn without
         images, shown = (self.seen_by(p).validation for p, _ in pair)
         return affinity(student, teacher, images, shown, Normalize(preprocessing(self.data.plan)), method.fofa.regions)
 

@@ -102,7 +102,7 @@ class Check:
         self._limits = plan.limits if plan else LimitsPlan()
         self._accuracy = plan.accuracy if plan else AccuracyPlan()
         self._budget = plan.budget if plan else Budget()
-        self._notices = list(self._foreign(baseline))
+        self._notices = [*self._foreign(baseline), *(f"{name}: not judged: {why}" for name, why in candidate.untried.items())]
         pairs, self._missing = pair_up(candidate, baseline)
         self._targets = [_Target(pair) for pair in pairs]
         alone = [pair.target for pair in pairs if baseline and pair.baseline is None]
@@ -125,9 +125,10 @@ class Check:
             with _breaking(target):
                 self._answer(target)
         self._race()
-        unmet = self._sources[0].unmet
+        unmet, untried = self._sources[0].unmet, self._sources[0].untried
+        whys = {**dict.fromkeys(self._missing, "see the candidate's report"), **untried, **unmet}
         findings = [
-            *(_missing(name, unmet.get(name, "see the candidate's report")) for name in sorted({*self._missing, *unmet})),
+            *(_missing(name, whys[name]) for name in sorted({*self._missing, *unmet})),
             *(finding for target in self._targets for finding in self._judge(target)),
         ]
         if self._options.trend:
@@ -263,18 +264,18 @@ class Check:
             yield Finding(target=pair.target, metric="run", verdict=Verdict.FAIL, reason=reason)
             return
         if target.away:
-            reason = f"{target.away}: check it there"
-            yield Finding(target=pair.target, metric="device", verdict=Verdict.INCONCLUSIVE, reason=reason)
-            return
-        yield from self._judge_accuracy(target, figures.accuracy)
-        yield from self._judge_latency(target)
+            action = "check it there" + f", with --profile of a profile named {pair.target} without a host" * bool(
+                pair.profile.device.host
+            )
+            yield Finding(target=pair.target, metric="device", verdict=Verdict.INCONCLUSIVE, reason=f"{target.away}: {action}")
+        else:
+            yield from self._judge_accuracy(target, figures.accuracy)
+            yield from self._judge_latency(target)
         for budget in (self._budget, pair.profile.budget):
-            for metric, value, limit in (
-                ("size budget", figures.size_bytes, budget.size_bytes),
-                ("memory budget", figures.peak_rss_bytes, budget.peak_rss_bytes),
-            ):
-                if limit is not None:
-                    yield rules.at_most(pair.target, metric, value, limit, "bytes")
+            if budget.size_bytes is not None:
+                yield rules.at_most(pair.target, "size budget", figures.size_bytes, budget.size_bytes, "bytes")
+            if budget.peak_rss_bytes is not None and not target.away:
+                yield rules.at_most(pair.target, "memory budget", figures.peak_rss_bytes, budget.peak_rss_bytes, "bytes")
         if pair.baseline is not None and self._gate.max_size_increase is not None:
             before = pair.baseline.artifact.size_bytes
             yield rules.judge_growth(pair.target, "size", before, figures.size_bytes, self._gate.max_size_increase)
@@ -338,7 +339,7 @@ def _missing(target: str, why: str) -> Finding:
 
 def _as_trend(finding: Finding) -> Finding:
     """Across devices or tools latency is shown and not judged."""
-    judged = finding.metric not in ("latency", "p90", "p99", "self-check", "device")
+    judged = finding.metric not in ("latency", "p90", "p99", "self-check")
     if judged or finding.verdict in (Verdict.PASS, Verdict.IMPROVED):
         return finding
     return finding.model_copy(update={"verdict": Verdict.PASS, "reason": f"trend, not judged: {finding.reason}"})

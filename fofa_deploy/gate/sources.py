@@ -54,9 +54,10 @@ class Images:
     @cached_property
     def digest(self) -> str:
         """Equal for two runs whose answers can be paired image by image; the images themselves may differ in size."""
-        told = digest_file(self.folder / ("labels.npy" if self.labelled else "images.npy"))
         origin = self.folder / ORIGIN
-        return digest([told, origin.read_text()]) if origin.is_file() and self.labelled else told
+        if not origin.is_file():
+            return digest_file(self.folder / ("labels.npy" if self.labelled else "images.npy"))
+        return digest([digest_file(self.folder / "labels.npy") if self.labelled else "", origin.read_text()])
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,16 @@ class Source:
     recorded: dict[str, BaselineTarget] | None = None
     unmet: dict[str, str] = field(default_factory=dict)
     """A run's targets for which nothing that was tried is good enough, and why."""
+    untried: dict[str, str] = field(default_factory=dict)
+    """A run's targets that nothing could be tried on, and why."""
 
 
 def open_source(path: Path, profile: str | None = None, *, trusted: bool = False) -> Source:
     """Whatever ``path`` is: a run directory, a baseline (folder or JSON), an artifact's folder, or a bundle.
 
     Args:
-        profile: name or path of the hardware profile of a bare artifact, a bundle or a baseline's target; a run brings its own.
+        profile: name or path of the hardware profile of a bare artifact, a bundle or a baseline's target; a run brings its own,
+            and takes another one of a target's name in its place.
         trusted: machine code of whatever is no run directory, which its user made or asked for, may be opened.
 
     Raises:
@@ -108,7 +112,7 @@ def open_source(path: Path, profile: str | None = None, *, trusted: bool = False
     source = _opened(path, profile)
     if source.plan is None and not trusted:
         for artifact in (subject.artifact for subject in source.subjects.values()):
-            if is_native(artifact.backend):
+            if is_native(artifact):
                 raise untrusted(artifact.path)
     return source
 
@@ -121,7 +125,7 @@ def _opened(path: Path, profile: str | None) -> Source:
     if path.suffix == ".zip":
         return _bundle(path, profile)
     if (path / PLAN).is_file():
-        return _run(path)
+        return _run(path, profile)
     if (path / ARTIFACT).is_file():
         return _artifact(path, profile)
     raise UserError(
@@ -130,9 +134,11 @@ def _opened(path: Path, profile: str | None) -> Source:
     )
 
 
-def _run(root: Path) -> Source:
+def _run(root: Path, given: str | None) -> Source:
     plan, report = load_plan(str(root / PLAN)), read_report(root)
     profiles = {profile.name: profile for profile in map(find_profile, plan.targets)}
+    if given and (instead := find_profile(given)).name in profiles:
+        profiles[instead.name] = instead
     # Rows of devices and profiles that the plan does not name are there, too: `profile` keeps what it measured.
     rows = {name: [row for row in report.targets if row.target == name] for name in profiles}
     chosen = {name: row for name, tried in rows.items() for row in tried if row.chosen and row.artifact}
@@ -142,13 +148,26 @@ def _run(root: Path) -> Source:
         if artifact.sha256 != row.sha256:
             raise IntegrityError(f"{artifact.path} is not the artifact of {root}/report.json", "finish the run again")
         subjects[target] = Subject(target, artifact, profiles[target], *_evidence(root, plan, artifact))
-    unmet = {name: why for name, tried in rows.items() if name not in chosen and (why := _wanting(tried))}
-    return Source(root, subjects, _environment(report), plan, unmet=unmet)
+    unmet, untried = {}, {}
+    for target in [name for name in profiles if name not in chosen]:
+        tried = rows[target]
+        wanting = [row for row in tried if row.status in (Status.REJECTED, Status.FAILED)]
+        if wanting and _was_there(profiles[target], tried):
+            unmet[target] = _told(wanting)
+        else:
+            untried[target] = _told(tried) or "the run has no word of it"
+    return Source(root, subjects, _environment(report), plan, unmet=unmet, untried=untried)
 
 
-def _wanting(rows: Sequence[TargetRow]) -> str:
-    """Why nothing of what was tried is good enough; empty where nothing could be tried here."""
-    return "; ".join(f"{row.recipe}: {row.reason}" for row in rows if row.status in (Status.REJECTED, Status.FAILED))
+def _was_there(profile: HardwareProfile, rows: Sequence[TargetRow]) -> bool:
+    """Whether recipes could run: what a device has yet to run may be good enough, whatever failed to build beside it."""
+    if any(row.status is Status.REJECTED for row in rows):
+        return True
+    return not profile.device.host and all(row.status is not Status.BUILT_NOT_RUN for row in rows)
+
+
+def _told(rows: Sequence[TargetRow]) -> str:
+    return "; ".join(f"{row.recipe}: {row.reason}" for row in rows)
 
 
 def _environment(report: RunReport) -> Environment:
@@ -157,8 +176,8 @@ def _environment(report: RunReport) -> Environment:
 
 def _evidence(root: Path, plan: RunPlan, artifact: Artifact) -> tuple[Path, Images | None]:
     """Golden inputs, and images at the size that the artifact takes."""
-    own = root / f"data-{size_name(artifact.sidecar.preprocessing.image_size)}"
-    data = own if own.is_dir() else root / "data"
+    size = artifact.sidecar.preprocessing.image_size
+    data = root / ("data" if size == plan.data.image_size else f"data-{size_name(size)}")
     found = (Images(data / name, root / "expected" / f"{name}.npy", plan.data.labelled) for name in SPLITS)
     images = next((i for i in found if (i.folder / "images.npy").is_file() and i.logits.is_file()), None)
     return root / "graph" / GOLDEN, images
@@ -255,9 +274,8 @@ def _pair(subject: Subject, other: Subject | None) -> Pair:
     golden = subject.golden or (other.golden if other and alike else None)
     others = other.golden if other and not alike else golden
     if profile is None:
-        raise DataError(
-            f"{subject.artifact.folder} does not say which device it is for", "name its hardware profile with --profile"
-        )
+        named = f"its hardware profile, {subject.target}," if subject.target else "its hardware profile"
+        raise DataError(f"{subject.artifact.folder} does not say which device it is for", f"give {named} with --profile")
     if golden is None or others is None:
         action = "let one side be a run directory or a baseline: these bring inputs"
         lacking = subject if golden is None or other is None else other

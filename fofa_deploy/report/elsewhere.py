@@ -6,9 +6,10 @@ import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from fofa_deploy.errors import UserError
+from fofa_deploy.errors import IntegrityError, UserError
 from fofa_deploy.report.record import read_report
 from fofa_deploy.results import TargetRow
+from fofa_deploy.types import Artifact, digest_file
 
 
 def joined(before: Sequence[TargetRow], rows: Sequence[TargetRow]) -> tuple[TargetRow, ...]:
@@ -28,10 +29,24 @@ def _p50(row: TargetRow) -> float:
 
 
 def kept(root: Path, rows: Sequence[TargetRow], targets: Collection[str]) -> list[TargetRow]:
-    """Of the report that is there, the rows of other targets than the run's own, as far as the artifacts are still those."""
+    """Of the report that is there, the rows of other targets than the run's own, as far as the artifacts are still those.
+
+    An artifact that was built for a device alone is in no row of today: it counts while it is of the graph that is there.
+    """
     try:
         before = read_report(root).targets
     except UserError:  # none yet, or another version's
         return []
     built = {(row.recipe, row.sha256) for row in rows}
-    return [row for row in before if row.target not in targets and (row.recipe, row.sha256) in built]
+    graphs = [digest_file(path) for path in root.glob("graph*/model.onnx")]
+    others = [row for row in before if row.target not in targets]
+    return [row for row in others if (row.recipe, row.sha256) in built or _graph_of(root, row) in graphs]
+
+
+def _graph_of(root: Path, row: TargetRow) -> str | None:
+    """Of the very artifact that was measured, where it is still there."""
+    try:
+        artifact = Artifact.load(root / row.artifact) if row.artifact else None
+    except IntegrityError:
+        return None
+    return artifact.graph_sha256 if artifact and artifact.sha256 == row.sha256 else None

@@ -235,6 +235,7 @@ def test_a_student_that_declares_no_features_learns_where_none_are_compared(tmp_
     if method == "kd":
         retrained(plan, found, tmp_path / "student", teacher)
         assert read_summary(found).top1_validation is not None
+        assert workshop(plan).affinity(plan.student, tmp_path / "student", (plan.teacher, teacher), plan.distill) is None
 
 
 def plain(num_classes: int, in_chans: int) -> nn.Module:

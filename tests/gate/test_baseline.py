@@ -192,6 +192,16 @@ def test_an_artifact_whose_record_leaves_its_folder_is_refused(written, tmp_path
         open_source(folder)
 
 
+def test_an_artifact_of_links_into_a_store_of_large_files_is_one_like_any_other(written, tmp_path):
+    folder = shutil.copytree(written[2]["cpu"].artifact, tmp_path / "artifact")
+    (folder / "model.onnx").rename(tmp_path / "blob")
+    (folder / "model.onnx").symlink_to(tmp_path / "blob")
+    assert open_source(folder).subjects
+    (tmp_path / "blob").write_bytes(b"another")
+    with pytest.raises(IntegrityError, match=r"model\.onnx"):
+        open_source(folder)
+
+
 def test_an_artifact_without_a_readable_record_is_told(tmp_path):
     (tmp_path / "artifact.json").write_text("{}")
     with pytest.raises(IntegrityError, match="no record of an artifact"):

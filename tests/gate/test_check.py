@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from tiny import build, run_cli, write_graph
 
@@ -16,6 +17,7 @@ from fofa_deploy.errors import DataError, IntegrityError, UnavailableError, User
 from fofa_deploy.gate import rules
 from fofa_deploy.gate.check import Options, check
 from fofa_deploy.gate.launches import race
+from fofa_deploy.gate.sources import Images
 from fofa_deploy.gate.verdicts import Finding, GateReport, Verdict
 from fofa_deploy.isolate import Child
 from fofa_deploy.pipeline import compress_and_export
@@ -268,6 +270,7 @@ def test_a_target_that_nothing_is_good_enough_for_fails_without_any_baseline(cop
     done = run_cli("check", copy, "--update-baseline", tmp_path / "base", "--quiet")
     assert done.returncode == 2
     assert "no target has an artifact to keep" in done.stderr
+    assert "it broke" in done.stdout, "the findings that the message names"
     assert not (tmp_path / "base").exists()
 
 
@@ -287,15 +290,58 @@ def test_what_was_measured_elsewhere_leaves_the_plans_targets_to_be_checked(base
     assert judged.verdict is Verdict.PASS
 
 
-def test_a_target_on_another_machine_is_not_judged_by_this_one(copy, tmp_path):
-    plan = json.loads((copy / "plan.json").read_text())
-    board = tmp_path / "board.toml"
-    board.write_text(PROFILE + '\n[device]\nname = "cpu"\nhost = "board"\n\n[budget]\np90_ms = 1000.0\n')
-    (copy / "plan.json").write_text(json.dumps(plan | {"targets": [str(board)]}))
-    judged, kept = check(copy, None, Quiet())
-    assert [finding.metric for finding in judged.findings] == ["device"]
-    assert found(judged, "device").reason == "the device is board, not this machine: check it there"
+@pytest.mark.parametrize("trend", [False, True])
+def test_a_target_on_another_machine_has_its_size_judged_by_this_one(copy, tmp_path, trend):
+    board = on_a_board(copy, tmp_path, "p90_ms = 1000.0\npeak_rss_bytes = 1000000000000\nsize_bytes = 1000000000")
+    judged, kept = check(copy, None, Quiet(), Options(trend=trend))
+    assert [finding.metric for finding in judged.findings] == ["device", "size budget"]
+    assert found(judged, "device").reason.startswith("the device is board, not this machine: check it there, with --profile")
     assert (judged.exit_code, kept) == (4, {})
+    on_a_board(copy, tmp_path, "size_bytes = 1")
+    assert check(copy, None, Quiet(), Options(trend=trend))[0].exit_code == 1
+    here = tmp_path / "there.toml"
+    here.write_text(board.read_text().replace('host = "board"', ""))
+    assert check(copy, None, Quiet(), Options(profile=str(here), quick=True))[0].exit_code == 0, "that very machine"
+
+
+def on_a_board(run: Path, folder: Path, budget: str) -> Path:
+    """The run's target becomes one of a device elsewhere."""
+    board = folder / "board.toml"
+    board.write_text(PROFILE + f'\n[device]\nname = "cpu"\nhost = "board"\n\n[budget]\n{budget}\n')
+    plan = json.loads((run / "plan.json").read_text())
+    (run / "plan.json").write_text(json.dumps(plan | {"targets": [str(board)]}))
+    return board
+
+
+@pytest.mark.parametrize(
+    ("others", "verdict"),
+    [
+        ([("failed", "is_tensor() failed"), ("built-not-run", "no CUDA device")], Verdict.PASS),
+        ([("skipped", "tensorrt does not import")], Verdict.PASS),
+        ([], Verdict.PASS),
+        ([("rejected", "too far off"), ("built-not-run", "no CUDA device")], Verdict.FAIL),
+        ([("failed", "is_tensor() failed"), ("skipped", "this CPU does not compute in bf16")], Verdict.FAIL),
+    ],
+)
+def test_what_a_missing_device_has_yet_to_run_is_a_notice_and_what_it_refused_a_failure(copy, tmp_path, others, verdict):
+    (tmp_path / "rtx.toml").write_text(PROFILE.replace("one-thread", "rtx"))
+    plan = json.loads((copy / "plan.json").read_text())
+    (copy / "plan.json").write_text(json.dumps(plan | {"targets": [*plan["targets"], str(tmp_path / "rtx.toml")]}))
+    with edited(copy) as (report, row):
+        left = {"target": "rtx", "chosen": False, "latency_ms": None, "measurement": None, "artifact": None, "sha256": None}
+        report["targets"] += [row | left | {"recipe": f"r{n}", "status": s, "reason": why} for n, (s, why) in enumerate(others)]
+    judged, _ = check(copy, None, Quiet())
+    assert judged.verdict is verdict
+    if verdict is Verdict.PASS:
+        assert any(notice.startswith("rtx: not judged: ") for notice in judged.notices)
+    else:
+        assert others[0][1] in found(judged, "artifact").reason
+
+
+def test_what_lies_there_of_another_size_is_not_judged(copy):
+    shutil.copytree(copy / "data", copy / "data-16")
+    (copy / "data-16" / "test" / "labels.npy").write_bytes(b"of another run")
+    assert found(check(copy, None, Quiet())[0], "top-1 against PyTorch").verdict is Verdict.PASS
 
 
 def test_a_student_of_its_own_size_is_held_to_images_of_that_size(baseline_run, tmp_path):
@@ -313,12 +359,28 @@ def test_images_with_the_same_labels_are_not_the_same_images(baseline_run, copy)
         check(copy, baseline_run, Quiet())
 
 
+def test_images_without_labels_are_the_same_at_any_size(tmp_path):
+    def images(side, origin, labelled):
+        folder = tmp_path / f"{side}-{origin}"
+        folder.mkdir(exist_ok=True)
+        np.save(folder / "images.npy", np.zeros((2, 1, side, side), np.uint8))
+        np.save(folder / "labels.npy", np.arange(2))
+        (folder / "origin.txt").write_text(origin)
+        return Images(folder, folder / "logits.npy", labelled).digest
+
+    for labelled in (True, False):
+        assert images(8, "a", labelled) == images(12, "a", labelled) != images(8, "b", labelled)
+
+
 def test_a_baseline_is_as_good_as_itself(baseline_run, tmp_path):
     assert run_check(baseline_run, "--update-baseline", tmp_path / "base")[0].returncode == 0
     options = Options(profile=str(baseline_run.parent / "one-thread.toml"))
     judged, _ = check(tmp_path / "base", tmp_path / "base", Quiet(), options)
     assert judged.verdict is Verdict.PASS
     assert "as accurate by definition" in found(judged, "top-1").reason
+    with pytest.raises(DataError, match="which device") as caught:
+        check(tmp_path / "base", tmp_path / "base", Quiet(), Options(profile="cpu-onnxruntime"))
+    assert "one-thread" in caught.value.action
 
 
 def test_what_the_first_look_decides_the_second_leaves(baseline_run, copy, monkeypatch):
@@ -342,7 +404,7 @@ def test_what_the_first_look_decides_the_second_leaves(baseline_run, copy, monke
 
 
 def test_machine_code_that_no_run_brings_has_to_be_trusted_by_name(baseline_run, copy, monkeypatch):
-    monkeypatch.setattr("fofa_deploy.gate.sources.is_native", lambda name: True)
+    monkeypatch.setattr("fofa_deploy.gate.sources.is_native", lambda artifact: True)
     with pytest.raises(IntegrityError, match="is machine code") as caught:
         check(_bare(copy), baseline_run, Quiet())
     assert "--trust-engine" in caught.value.action

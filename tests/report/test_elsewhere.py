@@ -1,9 +1,10 @@
 """Rows from devices: none is lost, none is doubled, one per target is the chosen one."""
 
 from test_report import chosen_row, row, sample, write_report
+from tiny import build, write_graph
 
 from fofa_deploy.report.elsewhere import joined, kept
-from fofa_deploy.types import Status
+from fofa_deploy.types import Artifact, Status
 
 
 def measured_there(recipe, p50, **more):
@@ -30,3 +31,15 @@ def test_a_run_that_is_finished_anew_keeps_what_devices_told_of_artifacts_it_sti
     assert kept(tmp_path, [mine], {"pi"}) == [], "there is no report yet"
     write_report(sample(targets=(mine, *there)), tmp_path)
     assert kept(tmp_path, [mine], {"pi"}) == [there[0]], "the other one's artifact is gone"
+
+
+def test_what_was_built_for_a_device_alone_is_kept_while_its_graph_is_there(tmp_path):
+    graph = write_graph(tmp_path / "graph")
+    artifact = Artifact.load(build(graph, "cpu-onnxruntime", tmp_path / "artifacts" / "jetson" / "fp16"))
+    told = {"sha256": artifact.sha256, "artifact": "artifacts/jetson/fp16"}
+    there = row(target="jetson at home", recipe="fp16", p50=1.0, chosen=True, **told)
+    skipped = row(target="jetson", recipe="fp16", status=Status.SKIPPED, sha256=None)
+    write_report(sample(targets=(skipped, there)), tmp_path)
+    assert kept(tmp_path, [skipped], {"jetson"}) == [there]
+    (tmp_path / "graph" / "model.onnx").write_bytes(b"of another student")
+    assert kept(tmp_path, [skipped], {"jetson"}) == []
