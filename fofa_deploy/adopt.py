@@ -31,6 +31,7 @@ from fofa_deploy.verify import run_all
 
 GOLDEN = 8
 KEY = "fofa_deploy.sidecar"
+_DTYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.UINT8: "uint8"}
 
 
 class Preparation(Frozen):
@@ -84,10 +85,23 @@ def read_sidecar(file: Path, preparation: Preparation) -> Sidecar:
     if beside.is_file() or inside:
         where = beside if beside.is_file() else file
         try:
-            return Sidecar.model_validate_json(beside.read_bytes() if beside.is_file() else str(inside))
+            sidecar = Sidecar.model_validate_json(beside.read_bytes() if beside.is_file() else str(inside))
+            _data_plan(sidecar, None)
         except ValidationError as error:
             raise GraphError(f"the sidecar in {where} is not one of ours: {error.errors()[0]['msg']}", "export it again") from error
+        if sidecar.input.shape != (None, *_sides(sidecar)):
+            problem = (
+                f"the sidecar in {where} tells of images {sidecar.preprocessing.image_size} and of an input {sidecar.input.shape}"
+            )
+            raise GraphError(problem, "export it again")
+        return sidecar
     return _derived(model, file, preparation)
+
+
+def _sides(sidecar: Sidecar) -> tuple[int, int, int]:
+    """Of one image, in the input's layout."""
+    channels, (height, width) = sidecar.preprocessing.channels, sidecar.preprocessing.image_size
+    return (height, width, channels) if sidecar.layout == "NHWC" else (channels, height, width)
 
 
 def _derived(model: onnx.ModelProto, file: Path, preparation: Preparation) -> Sidecar:
@@ -105,17 +119,24 @@ def _derived(model: onnx.ModelProto, file: Path, preparation: Preparation) -> Si
     channels, height, width = sides if layout == "NCHW" else (sides[2], *sides[:2])
     if not (channels in (1, 3) and height and width and classes):
         raise GraphError(f"{file} has dynamic sides or channels: {shapes[0]}", "fix all but the batch axis when exporting")
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(inputs[0].type.tensor_type.elem_type).name
-    if dtype not in ("float32", "uint8"):
-        raise GraphError(f"{file} takes images in {dtype}", "export it with an input in float32, or in uint8 for pixels")
-    plan = DataPlan(
-        name="images",
-        classes=classes,
-        image_size=(height, width),
-        channels=1 if channels == 1 else 3,
-        mean=preparation.mean,
-        std=preparation.std,
-    )
+    dtype = _DTYPES.get(inputs[0].type.tensor_type.elem_type)
+    if dtype is None:
+        raise GraphError(f"{file} takes images in neither float32 nor uint8", "export it in float32, or in uint8 for pixels")
+    try:
+        plan = DataPlan(
+            name="images",
+            classes=classes,
+            image_size=(height, width),
+            channels=1 if channels == 1 else 3,
+            mean=preparation.mean,
+            std=preparation.std,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise GraphError(
+            f"{file}, images {shapes[0]}: {place} {first['msg']}", "see --mean and --std, or export it again"
+        ) from error
     return Sidecar(
         model=file.name,
         input=TensorSpec(name=inputs[0].name, shape=(None, *sides), dtype=dtype),
@@ -188,7 +209,7 @@ def _answers(graph: Path, profile: str, images: Path, out: Path, limits: LimitsP
     return logits
 
 
-def _data_plan(sidecar: Sidecar, images: Path) -> DataPlan:
+def _data_plan(sidecar: Sidecar, images: Path | None) -> DataPlan:
     known = sidecar.preprocessing
     return DataPlan(name="images", root=images, class_names=sidecar.class_names, **known.model_dump())
 

@@ -93,8 +93,16 @@ class FileOpener(Protocol):
     native: bool
     """They hold machine code: to open one is to run it."""
 
+    def check_file(self, path: Path) -> None:
+        """Whatever can be told of a file without a runtime.
+
+        Raises:
+            GraphError: it is malformed or unsafe.
+        """
+        ...
+
     def describe_file(self, path: Path, profile: HardwareProfile) -> ModelFile:
-        """What a file takes in, and the runtime's layer table of it. Whatever can be checked without a runtime is checked before.
+        """What a file takes in, and the runtime's layer table of it, after ``check_file``.
 
         Raises:
             GraphError: it is malformed, unsafe, or has inputs that no array can be made for.
@@ -137,10 +145,20 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def is_native(artifact: Artifact) -> bool:
-    """Whether an artifact's file is machine code: opening one is running it. What its device has yet to build is none."""
+def check_origin(artifact: Artifact, trusted: bool) -> None:
+    """Hold an artifact that no run vouches for, whose digests are its own word, to what is asked of any file from elsewhere.
+
+    Raises:
+        IntegrityError: it is machine code, of nobody who is trusted. What its device has yet to build is none.
+        GraphError: it is malformed or unsafe.
+    """
     backend = get_backend(artifact.backend)
-    return isinstance(backend, FileOpener) and backend.native and not artifact.recipe.options.get("on_device")
+    if not isinstance(backend, FileOpener):
+        return
+    if not backend.native:
+        backend.check_file(artifact.path)
+    elif not trusted and not artifact.recipe.options.get("on_device"):
+        raise untrusted(artifact.path)
 
 
 def untrusted(path: Path) -> IntegrityError:

@@ -13,7 +13,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from fofa_deploy.errors import PlanError
 from fofa_deploy.profile import is_path
-from fofa_deploy.schema import read_tables, validate
+from fofa_deploy.schema import expanded, read_tables, validate
 from fofa_deploy.training import FEATURE_TERMS as FEATURE_TERMS
 from fofa_deploy.training import LOGIT_TERMS as LOGIT_TERMS
 from fofa_deploy.training import MAP_TERMS as MAP_TERMS
@@ -160,19 +160,22 @@ class GatePlan(Frozen):
     max_memory_increase: NonNegativeFloat | None = Field(default=0.2, description="of the peak of a process that holds the session")
 
 
+Seconds = Annotated[float, Field(gt=0.0, le=1e9)]
+
+
 class LimitsPlan(Frozen):
     """Of every child process."""
 
-    build_seconds: PositiveFloat = 1800.0
-    run_seconds: PositiveFloat = 1800.0
+    build_seconds: Seconds = 1800.0
+    run_seconds: Seconds = 1800.0
     memory_bytes: PositiveInt | None = None
 
 
 class RunPlan(Frozen):
     """Everything that decides a run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: NonNegativeInt = 0
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     threads: NonNegativeInt = Field(default=0, description="of training; 0 = every core this process may use")
     targets: tuple[str, ...] = Field(min_length=1, description="hardware profiles, by name or path")
     required: tuple[str, ...] = Field(default=(), description="targets without which the run is not a success")
@@ -235,7 +238,7 @@ def _tables(path: Path) -> dict[str, Any]:
         return read_tables(path)
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is not JSON: {error}", "take the plan.json of a run directory, or write a TOML file") from error
     return found if isinstance(found, dict) else {}
 
@@ -243,7 +246,7 @@ def _tables(path: Path) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:  # noqa: ANN401 - a TOML value is any scalar, list or table
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -281,7 +284,7 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
 
 
 def _anchored(path: str, folder: Path) -> str:
-    return str(folder / Path(path).expanduser())
+    return str(folder / expanded(path))
 
 
 def load_plan(source: str, overrides: Iterable[str] = ()) -> RunPlan:

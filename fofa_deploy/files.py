@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import zipfile
 from collections import Counter
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from fofa_deploy import environment
-from fofa_deploy.backend import FileOpener, get_backend, is_native, untrusted
+from fofa_deploy.backend import FileOpener, check_origin, get_backend, untrusted
 from fofa_deploy.errors import DataError, FofaError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.measure import Candidate, FileCandidate, measure
@@ -152,15 +153,13 @@ def _subjects(path: Path, wish: Wish, settings: Settings) -> Iterator[Subject]:
 
 
 def _artifact(folder: Path, trusted: bool) -> Artifact:
-    """Its digests are its own word: without its run, an engine in it could be anybody's."""
     if not (folder / "artifact.json").is_file():
         problem = f"{folder} is no artifact's folder: it has no artifact.json"
         raise DataError(
             problem, "several models are measured as they are: name files and artifacts' folders, or one run directory alone"
         )
     artifact = Artifact.load(folder)
-    if is_native(artifact) and not trusted:
-        raise untrusted(artifact.path)
+    check_origin(artifact, trusted)
     return artifact
 
 
@@ -215,6 +214,9 @@ def _grid(subject: Subject, wish: Wish, settings: Settings) -> Iterator[tuple[Ar
 # --- inputs -------------------------------------------------------------------------------------------------------
 
 
+MOST_NUMBERS = 1 << 30
+
+
 def noise(subject: Subject, batch: int, shapes: Mapping[str, Shape], seed: int) -> Arrays:
     """Seeded inputs of a subject's own shapes; ``batch`` 0 is the one that it has fixed.
 
@@ -261,6 +263,8 @@ def _words(spec: TensorSpec) -> str:
 
 def _random(spec: TensorSpec, shape: Shape, rng: np.random.Generator) -> NDArray[np.generic]:
     """Zeros and ones for integers wider than pixels: they may be indices."""
+    if math.prod(shape) > MOST_NUMBERS:
+        raise UserError(f"{spec.name} {'x'.join(map(str, shape))} is too large an input", f"keep it below {MOST_NUMBERS:,} numbers")
     kind = spec.dtype.rstrip("0123456789")
     if kind == "float":
         return rng.standard_normal(shape).astype(spec.dtype)

@@ -49,7 +49,8 @@ class Child:
         self._target, self._seconds = target, seconds
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
         read, write = os.pipe()
-        command = [sys.executable, "-m", "fofa_deploy.isolate", str(write), str(memory_bytes or 0)]
+        # -P: python -m would look for numpy, and for everything else, in the current folder first.
+        command = [sys.executable, "-P", "-m", "fofa_deploy.isolate", str(write), str(memory_bytes or 0)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, pass_fds=[write], start_new_session=True
         )

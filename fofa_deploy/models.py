@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import struct
 import sys
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -64,7 +65,11 @@ def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_s
     config = timm.get_pretrained_cfg(name)
     fixed: dict[str, Any] = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
     options = {"pretrained": plan.pretrained, "num_classes": classes, "in_chans": channels}
-    return create(name, {**fixed, **plan.arguments}, **options)
+    try:
+        return create(name, {**fixed, **plan.arguments}, **options)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"the weights of {plan.model} cannot be fetched: {reason}", "connect, or name a checkpoint") from error
 
 
 def _check_timm(name: str) -> None:
@@ -81,9 +86,9 @@ def _resolve(reference: str) -> Any:  # noqa: ANN401 - the user's callable
         sys.path.append(str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # whatever importing a user's module comes to
         action = "write timm:NAME, or package.module:function of something importable"
-        raise ModelError(f"model {reference!r} does not resolve: {error}", action) from error
+        raise ModelError(f"model {reference!r} does not resolve: {type(error).__name__}: {error}", action) from error
     if not callable(function):
         raise ModelError(f"model {reference!r} is not callable", "name a function or class that returns a torch.nn.Module")
     return function
@@ -125,7 +130,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"checkpoint {path} does not exist", "check the path")
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (*FAULTS, pickle.UnpicklingError, struct.error, EOFError, OSError) as error:  # damaged pickles raise what they like
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"checkpoint {path} cannot be read as plain tensors: {reason}", "save it as .safetensors") from error
 
@@ -150,7 +155,10 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             state = state[key]
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError("it is not a dictionary of tensors")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    found = {key.removeprefix("module."): value for key, value in state.items()}
+    if len(found) < len(state):
+        raise ValueError("it has tensors both with and without 'module.' in front of the same name")
+    return found
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -173,9 +181,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"checkpoint {path} does not fit the model: tensors {', '.join(problems)}",
             "check model, arguments, classes and image_size",
         )
-    if broken := [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
+    if odd := [key for key, value in state.items() if not _is_plain(value, expected[key])]:
+        problem = f"checkpoint {path} holds {odd[0]} as {str(state[odd[0]].dtype).removeprefix('torch.')}, {state[odd[0]].layout}"
+        raise ModelError(problem, "save the weights as plain tensors of floats")
+    if broken := [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]:
         raise ModelError(f"checkpoint {path} has NaN or infinity in {broken[0]}", "use an earlier checkpoint")
     model.load_state_dict(state, strict=True)
+
+
+def _is_plain(value: Tensor, expected: Tensor) -> bool:
+    """Numbers in memory that copying does not turn into others of another kind."""
+    alike = value.is_floating_point() == expected.is_floating_point() and value.is_complex() == expected.is_complex()
+    return alike and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def save_weights(model: nn.Module, path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fofa_deploy.errors import PlanError
 from fofa_deploy.mistakes import nearest
-from fofa_deploy.schema import parse_toml, read_toml
+from fofa_deploy.schema import expanded, parse_toml, read_toml
 from fofa_deploy.types import HardwareProfile
 
 PACKAGE = "fofa_profiles"
@@ -33,7 +33,7 @@ def find_profile(name_or_path: str) -> HardwareProfile:
         PlanError: no such profile, with the nearest name; or the file's mistakes, all of them.
     """
     if is_path(name_or_path):
-        return read_toml(Path(name_or_path).expanduser(), HardwareProfile)
+        return read_toml(expanded(name_or_path), HardwareProfile)
     installed = _installed()
     if name_or_path not in installed:
         raise PlanError(f"no hardware profile is named {name_or_path!r}", _hint(name_or_path, sorted(installed)))

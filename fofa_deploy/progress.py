@@ -12,6 +12,16 @@ from typing import Protocol
 LINE_SECONDS = 10.0
 
 
+def one_line(text: object) -> str:
+    """Text without line breaks, control or direction characters: from wherever it came, it commands no terminal and no page."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
+def lines(text: object) -> str:
+    """The same, but for line breaks."""
+    return "\n".join(map(one_line, str(text).split("\n")))
+
+
 class Task(Protocol):
     def advance(self, steps: int = 1, note: str = "") -> None:
         """Move on by ``steps``; ``note`` is shown behind the bar."""
@@ -78,7 +88,7 @@ class Terminal:
         self._console = Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        self._console.print(lines(text), markup=False)
 
     @contextmanager
     def task(self, name: str, total: int, done: int = 0) -> Iterator[Task]:

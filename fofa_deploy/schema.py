@@ -38,6 +38,18 @@ def parse_toml(text: str, model: type[M], source: str) -> M:
     return validate(_parsed(_capped(text.encode(errors="surrogatepass"), source), source), model, source)
 
 
+def expanded(path: str) -> Path:
+    """With the home folder for ``~``.
+
+    Raises:
+        PlanError: there is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise PlanError(f"{path!r}: {error}", "write the path out") from error
+
+
 def read_tables(path: Path) -> dict[str, Any]:
     """The plain tables of a TOML file of at most 64 KiB, not yet held against a model.
 
@@ -65,7 +77,11 @@ def validate(data: Mapping[str, object], model: type[M], source: str) -> M:
         return model.model_validate_json(to_json(data, inf_nan_mode="constants"), strict=True)
     except ValidationError as error:
         lines = explain(error.errors(include_url=False), data, model)
-    except (RecursionError, PydanticSerializationError) as error:
+    except PydanticSerializationError as error:
+        if "surrogates" in str(error):
+            raise PlanError(f"{source} holds characters that are none", "write it in UTF-8") from error
+        raise _too_deep(source) from error
+    except RecursionError as error:
         raise _too_deep(source) from error
     raise PlanError(_report(lines, source), f"correct {'it' if len(lines) == 1 else 'them'} in {source}; nothing was run")
 

@@ -104,7 +104,7 @@ def digest_tree(folder: Path) -> dict[str, str]:
 def digest(value: object) -> str:
     """SHA-256 of the canonical form."""
     text = json.dumps(canonical(value), sort_keys=True, allow_nan=False, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()  # file names need not be text
 
 
 class Store:
@@ -199,6 +199,7 @@ class Store:
         """Why the stage has to run; empty when its stored result is whole and of the same inputs."""
         manifest = _read_manifest(final)
         if manifest is None:
+            _refuse_others(final)
             return "first run"
         if manifest.key != key:
             changed = [name for name in {**manifest.inputs, **digests} if manifest.inputs.get(name) != digests.get(name)]
@@ -231,6 +232,13 @@ class Store:
             final.rename(trash)
         scratch.rename(final)
         shutil.rmtree(trash, ignore_errors=True)
+
+
+def _refuse_others(final: Path) -> None:
+    """What no manifest speaks for is not ours to replace; a damaged one still does."""
+    if not os.path.lexists(final) or (final / MANIFEST).is_file() or (final.is_dir() and not any(final.iterdir())):
+        return
+    raise UserError(f"{final} is in the way: it was not made here, and would be replaced", "choose another --out, or move it away")
 
 
 def _intact(folder: Path, record: FileRecord) -> bool:

@@ -355,7 +355,7 @@ class Artifact(Frozen):
         record, action = folder / "artifact.json", "build the artifact again"
         try:
             artifact = cls.model_validate({**json.loads(record.read_bytes()), "folder": folder})
-        except (OSError, ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+        except (OSError, ValueError, TypeError, RecursionError) as error:  # pydantic's ValidationError is a ValueError
             raise IntegrityError(f"{record} is no record of an artifact: {str(error).splitlines()[0]}", action) from error
         # By name: a link may lead to wherever a store of large files keeps them, and their content is digested.
         if outside := [file.path for file in artifact.files if Path(file.path).is_absolute() or ".." in Path(file.path).parts]:

@@ -60,7 +60,7 @@ RUNTIMES = {
     "tensorrt": {"onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
 }
 COMMON = {"numpy", "google"}  # google.protobuf is what onnx raises
-BOUNDARIES = {("fofa_deploy/isolate.py", "_guarded")}
+BOUNDARIES = {("fofa_deploy/isolate.py", "_guarded"), ("fofa_deploy/models.py", "_resolve")}
 """Where an unexpected exception may be caught: it is handed on as what it is. Beside these, only a back end's probe()."""
 
 

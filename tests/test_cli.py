@@ -156,3 +156,53 @@ def test_a_table_in_a_log_is_neither_squeezed_nor_padded(capsys):
     path, note = "/".join(["folder"] * 40), "a note of several words"
     table("", ("model", "note"), [(path, note), (path, "")])
     assert capsys.readouterr().out.splitlines()[-2:] == [f"{path}  {note}", path]
+
+
+@pytest.mark.parametrize("where", ["table", "error", "progress"])
+def test_nothing_from_elsewhere_commands_the_terminal(where, capsys):
+    from fofa_deploy.cli import show, tell
+    from fofa_deploy.errors import FofaError
+    from fofa_deploy.progress import Terminal
+
+    evil = "a board\x1b]52;c;ZXZpbA==\x07\x1b[2J"
+    if where == "table":
+        show.table("", ("cpu",), [(evil,)])
+    elif where == "error":
+        tell(FofaError(f"{evil}\nsecond line", evil))
+    else:
+        Terminal().say(evil)
+    shown = "".join(capsys.readouterr())
+    assert "a board" in shown
+    assert not {"\x1b", "\x07"} & set(shown)
+
+
+def test_a_manifest_with_markup_is_explained(tmp_path):
+    done = run_cli("explain", _with_markup(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "[/x]" in done.stdout
+
+
+def _with_markup(folder):
+    from fofa_deploy.store import Store
+
+    with Store(folder) as store:
+        path = store.run("data", {}, lambda out: None) / "manifest.json"
+    path.write_text(
+        path.read_text().replace('"finished_at":"', '"finished_at":"[/x]').replace('"finished_at": "', '"finished_at": "[/x]')
+    )
+    return folder
+
+
+def test_json_into_a_folder_that_is_not_there_is_told_before_anything_is_measured(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"")
+    done = run_cli("profile", tmp_path / "m.onnx", "--json", tmp_path / "nowhere" / "x.json")
+    assert done.returncode == 2
+    assert "does not exist: make it first" in done.stderr
+
+
+def test_what_was_measured_far_away_is_shown_though_the_report_cannot_be_read(tmp_path, capsys):
+    from fofa_deploy.cli.source import Source, keep
+
+    (tmp_path / "report.json").write_text('{"schema_version": 2}')
+    keep(Source(tmp_path, None, None, None, None, (0.5,), (0.5,), False), [])
+    assert "not kept in the report" in capsys.readouterr().err

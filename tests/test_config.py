@@ -198,3 +198,18 @@ def test_dry_run_prints_the_resolved_plan_and_makes_nothing(tmp_path):
 def test_a_ready_made_model_needs_no_training(tmp_path):
     made = ready_made(tmp_path / "w.safetensors", "timm:resnet10t", 7, tmp_path, ("data.image_size=32",))
     assert (made.distill, made.data.classes, made.data.image_size, made.data.labelled) == (None, 7, (32, 32), False)
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [f"seed={1 << 64}", "limits.run_seconds=1e10", "name=" + "x" * 3000, "data.root='~no-such-user/x'", "seed=" + "[" * 5000],
+)
+def test_what_no_machine_could_use_is_a_mistake(assignment):
+    with pytest.raises(PlanError):
+        load_plan("demo", [assignment])
+
+
+def test_text_that_is_none_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "plan.json").write_text('{"name": "\\ud800"}')
+    with pytest.raises(PlanError, match="characters that are none"):
+        load_plan(str(tmp_path / "plan.json"))

@@ -482,3 +482,33 @@ def test_another_size_of_a_data_set_is_not_read_for_its_digest(folder, monkeypat
     assert not read
     assert twin.digest == data.train.source.digest
     assert len(read) == 16
+
+
+def test_no_other_program_is_started_for_an_image(folder, tmp_path, monkeypatch):
+    """Pillow hands PostScript to Ghostscript, whatever the file's name."""
+    script = tmp_path / "bin" / "gs"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\necho ran > {tmp_path}/ran\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
+    bad = folder / "train" / "cat" / "0.png"
+    bad.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    data = load_data(folder_plan(folder), 0)
+    with pytest.raises(DataError, match=r"cat/0\.png .* cannot be decoded"):
+        data.train.source.images(np.arange(16))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_leads_to_no_image_is_named(tmp_path):
+    for number in range(20):
+        picture(tmp_path / "a" / f"{number}.png")
+    (tmp_path / "a" / "gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"gone\.png is no file"):
+        load_data(DataPlan(name="images", root=tmp_path, classes=2, image_size=(8, 8)), 0)
+
+
+def test_a_broken_image_without_a_label_is_named_with_its_folder(tmp_path):
+    for number in range(40):
+        picture(tmp_path / "a" / f"{number:02}.png")
+    (tmp_path / "a" / "05.png").write_bytes(b"no image")
+    assert "a/05.png (8 bytes)" in broken(load_data(DataPlan(name="images", root=tmp_path, classes=2, image_size=(8, 8)), 0).train)

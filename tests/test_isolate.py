@@ -130,3 +130,11 @@ def test_an_object_that_fails_is_gone(method, kind, words):
         with pytest.raises(kind, match=words):
             child.call(method)
         assert not alive(process)
+
+
+def test_what_lies_in_the_current_folder_is_not_run(tmp_path, monkeypatch):
+    """Beside a downloaded model there may be any file, a numpy.py for one."""
+    (tmp_path / "json.py").write_text("raise SystemExit('it ran')")
+    (tmp_path / "numpy.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.chdir(tmp_path)
+    assert ask("echo", "safe") == Text(text="safe")

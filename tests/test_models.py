@@ -11,7 +11,7 @@ from torch import nn
 from fofa_deploy import models
 from fofa_deploy.config import ModelPlan
 from fofa_deploy.errors import ModelError
-from fofa_deploy.models import build_model, load_weights, parameter_count, read_weights, save_weights
+from fofa_deploy.models import build_model, find_model, load_weights, parameter_count, read_weights, save_weights
 from fofa_deploy.store import digest
 
 
@@ -207,3 +207,45 @@ def test_a_users_package_counts_with_all_of_its_files(tmp_path, monkeypatch):
 
 def test_a_single_module_counts_alone():
     assert models.code_identity(ModelPlan(model=f"{__name__}:Net")) == [Path(__file__)]
+
+
+@pytest.mark.parametrize("content", [b".", b"\x80\x02.", b"\x80\x02]a."])
+def test_a_damaged_pickle_is_refused_whatever_it_raises(tmp_path, content):
+    (tmp_path / "w.pt").write_bytes(content)
+    assert "cannot be read as plain tensors" in refusal(tmp_path / "w.pt")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(3, dtype=torch.complex64),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(3).to_sparse(),
+        torch.zeros(3, device="meta"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(tmp_path, value):
+    torch.save(state(head__bias=value), tmp_path / "w.pt")
+    assert "head.bias as" in refusal(tmp_path / "w.pt")
+
+
+def test_weights_in_fewer_bits_are_weights(tmp_path):
+    wanted = {key: value.to(torch.float8_e4m3fn) if key == "head.bias" else value for key, value in state().items()}
+    save_file(wanted, tmp_path / "w.safetensors")
+    net = Net()
+    load_weights(net, tmp_path / "w.safetensors")
+    assert torch.equal(net.head.bias, wanted["head.bias"].float())
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    torch.save({**state(), "module.head.bias": torch.zeros(3)}, tmp_path / "w.pt")
+    assert "of the same name" in refusal(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("text", ["raise SystemExit(0)", "1 +", "undefined"])
+def test_a_users_module_that_does_not_import_is_told(tmp_path, monkeypatch, text):
+    (tmp_path / "a_broken_module.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModelError, match=r"does not resolve: (SystemExit|SyntaxError|NameError)"):
+        find_model(ModelPlan(model="a_broken_module:net"))

@@ -346,6 +346,8 @@ def test_what_a_login_shell_prints_is_no_answer(server, candidates, tmp_path):
         ("out.write(f'{m} results 4 {chr(97) * 64}\\n'.encode() + b'abcd')", "damaged on their way"),
         ("out.write(f'{m} results 400 {chr(97) * 64}\\n'.encode() + b'abcd')", "damaged on their way"),
         ("out.write(f'{m} results {1 << 40} {chr(97) * 64}\\n'.encode())", "are allowed"),
+        ("out.write(f'{m} results 5\\n'.encode())", "announces no results"),
+        ("out.write(f'{m} results x y\\n'.encode())", "announces no results"),
     ],
 )
 def test_a_damaged_answer_is_refused(tmp_path, end, words):
@@ -602,3 +604,41 @@ def test_outputs_that_are_no_numbers_are_seen(genuine, candidates):
     data["lines"][0]["logits"] = base64.b64encode(np.full((11, 3), np.nan, "<f4").tobytes()).decode()
     line = read_results(json.dumps(data).encode(), "x").lines[0]
     assert not compare_outputs(line, job, candidates["cpu-onnxruntime"].golden).finite
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data["job"].update(grid=[]),
+        lambda data: data["environment"].update(flags=[["x"]]),
+        lambda data: data["environment"].update(cpu=10**400),
+        lambda data: data["lines"][0].update(load_ms=1.5e308, first_run_ms=1.5e308),
+        lambda data: data["lines"][0].update(peak_rss_bytes=10**400),
+    ],
+)
+def test_numbers_that_no_device_has_are_refused(genuine, change):
+    data = json.loads(json.dumps(genuine[0]))
+    change(data)
+
+    def believe():
+        found = read_results(json.dumps(data).encode(), "results.json")
+        found.machine()
+        found.lines[0].measurement("sha")
+
+    with pytest.raises(IntegrityError):
+        believe()
+
+
+@pytest.mark.parametrize("noise", ["b'x' * 65536", "b'x' * 64 + b'\\n'"])
+def test_a_device_that_never_stops_talking_is_given_up(tmp_path, noise):
+    class Talkative:
+        name, by_hand = "talkative", "ssh talkative"
+
+        def command(self, arguments):
+            return [sys.executable, "-c", f"import sys\nwhile True: sys.stdout.buffer.write({noise})"]
+
+    write_question(tmp_path / "b.zip")
+    started = time.monotonic()
+    with pytest.raises(BackendError, match="cannot be reached"):
+        exchange(Talkative(), "python3", tmp_path / "b.zip", 5)
+    assert time.monotonic() - started < 60

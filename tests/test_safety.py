@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from tiny import SIDE, run_cli, write_graph
+from tiny import SIDE, build, run_cli, write_graph
 
 from fofa_deploy.adopt import KEY, Preparation, read_sidecar
 from fofa_deploy.config import RunPlan, load_plan
@@ -24,7 +24,7 @@ from fofa_deploy.errors import GraphError, IntegrityError, PlanError
 from fofa_deploy.pipeline import PLAN, record_plan, reopened
 from fofa_deploy.progress import Quiet
 from fofa_deploy.store import Store
-from fofa_deploy.types import Artifact
+from fofa_deploy.types import Artifact, digest_file
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [p for base in ("fofa_deploy", "exporters", "profiles") for p in sorted((ROOT / base).rglob("*.py"))]
@@ -247,3 +247,45 @@ def test_numbers_that_are_not_numbers_never_reach_a_record():
     for value in (np.nan, np.inf):
         with pytest.raises(ValueError, match="finite"):
             Latency(min=value, mean=1, p50=1)
+
+
+@pytest.mark.parametrize(
+    ("preparation", "sides", "words"),
+    [
+        (Preparation(mean=(0.4, 0.5, 0.6)), None, "mean"),
+        (Preparation(), (2, 2), "image_size"),
+        (Preparation(), (5000, 5000), "image_size"),
+    ],
+)
+def test_a_file_that_no_images_could_be_made_for_is_told(tmp_path, preparation, sides, words):
+    def resized(model):
+        for dim, side in zip(model.graph.input[0].type.tensor_type.shape.dim[2:], sides or (SIDE, SIDE), strict=True):
+            dim.dim_value = side
+
+    with pytest.raises(GraphError, match=words):
+        read_sidecar(changed(tmp_path, resized), preparation)
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_size": [1_000_000, 1_000_000]}, {"crop_fraction": 0.0}, {"mean": [0.5, 0.5]}, {"image_size": [8, 8]}]
+)
+def test_a_sidecar_that_does_not_fit_its_graph_is_refused(tmp_path, change):
+    graph = write_graph(tmp_path / "graph")
+    told = json.loads((tmp_path / "graph" / "sidecar.json").read_text())
+    told["preprocessing"].update(change)
+    (tmp_path / "graph" / "sidecar.json").write_text(json.dumps(told))
+    with pytest.raises(GraphError, match="the sidecar in"):
+        read_sidecar(graph.path, Preparation())
+
+
+def test_an_artifact_from_elsewhere_is_held_to_what_files_are(tmp_path):
+    """Weights outside of its digest, behind a link that is none."""
+    folder = build(write_graph(tmp_path / "graph"), "cpu-onnxruntime", tmp_path / "built")
+    model = onnx.load(folder / "model.onnx")
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    record = json.loads((folder / "artifact.json").read_text())
+    record["files"][0]["sha256"] = digest_file(folder / "model.onnx")
+    (folder / "artifact.json").write_text(json.dumps(record))
+    done = run_cli("profile", folder)
+    assert done.returncode == 2
+    assert "keeps weights in other files" in done.stderr

@@ -301,3 +301,18 @@ def test_a_file_is_replaced_whole(tmp_path):
     write_atomic(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("make", [lambda p: (p.mkdir(), (p / "thesis.txt").write_text("mine")), lambda p: p.write_text("mine")])
+def test_what_was_not_made_here_is_not_replaced(tmp_path, make):
+    """A user's own data/ beside a model, in the folder that --out names."""
+    make(tmp_path / "data")
+    ran = []
+    with Store(tmp_path) as store, pytest.raises(UserError, match="was not made here"):
+        store.run("data", {}, lambda out: ran.append(out))
+    assert not ran
+    assert [path.read_text() for path in (tmp_path / "data", *tmp_path.glob("data/*")) if path.is_file()] == ["mine"]
+
+
+def test_names_that_are_no_text_have_a_digest(tmp_path):
+    assert digest(["caf\udce9.png"]) != digest(["cafe.png"])

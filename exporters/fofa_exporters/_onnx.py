@@ -59,6 +59,16 @@ def read_any(path: Path, domains: Set[str]) -> onnx.ModelProto:
     return model
 
 
+def check_file(path: Path) -> None:
+    """Of a file from elsewhere, if it is an ONNX file.
+
+    Raises:
+        GraphError: it is not safe.
+    """
+    if path.suffix.lower() == ".onnx":
+        read_any(path, CONTRIBUTED)
+
+
 def describe(path: Path, domains: Set[str], layers: Callable[[], tuple[Layer, ...]]) -> ModelFile:
     """A file that others built, checked before ``layers`` has a runtime look at it.
 

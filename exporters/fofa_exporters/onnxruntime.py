@@ -90,6 +90,7 @@ class OnnxRuntimeBackend:
     precisions = frozenset({Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8})
     suffixes = (".onnx",)
     native = False
+    check_file = staticmethod(_onnx.check_file)
 
     def probe(self, profile: HardwareProfile) -> Probe:
         reason = _absence(profile)

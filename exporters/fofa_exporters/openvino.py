@@ -103,6 +103,7 @@ class OpenVinoBackend:
     precisions = frozenset({Precision.FP32, Precision.BF16, Precision.FP16, Precision.INT8})
     suffixes = (".xml", ".onnx")
     native = False
+    check_file = staticmethod(_onnx.check_file)
 
     def probe(self, profile: HardwareProfile) -> Probe:
         if reason := _refusal(profile.device.name):

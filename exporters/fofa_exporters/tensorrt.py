@@ -101,6 +101,9 @@ class _Family:
             raise BackendError(f"{artifact.path} is built on its device", "measure it there: fofa-deploy profile")
         return self._session(_engine_bytes(artifact), profile)
 
+    def check_file(self, path: Path) -> None:
+        """Of machine code nothing can be told without running it."""
+
     def describe_file(self, path: Path, profile: HardwareProfile) -> ModelFile:
         record, data = FileRecord.of(path.parent, path), path.read_bytes()
         with self._session(data, profile) as session:

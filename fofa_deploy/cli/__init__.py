@@ -74,8 +74,24 @@ def cli() -> None:
 
 def tell(error: FofaError) -> None:
     """What is wrong and what to do next, on standard error."""
-    click.secho(f"error: {error.message}", fg="red", err=True)
-    click.echo(f"  -> {error.action}", err=True)
+    from fofa_deploy.progress import lines
+
+    click.secho(f"error: {lines(error.message)}", fg="red", err=True)
+    click.echo(f"  -> {lines(error.action)}", err=True)
+
+
+def _of_the_system(error: OSError) -> FofaError:
+    """What the operating system refuses where nobody expected it to."""
+    import errno
+
+    first = {
+        errno.ENOSPC: "free space",
+        errno.EDQUOT: "free space",
+        errno.EACCES: "mend permissions",
+        errno.EPERM: "mend permissions",
+        errno.EROFS: "choose a folder that can be written",
+    }.get(error.errno or 0, "mend that")
+    return FofaError(str(error), f"{first}, then run the same command again to go on")
 
 
 def main() -> None:
@@ -94,8 +110,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        click.secho(f"error: {error}", fg="red", err=True)
-        click.echo("  -> free space or mend permissions, then run the same command again to go on", err=True)
+        tell(_of_the_system(error))
         sys.exit(3)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)

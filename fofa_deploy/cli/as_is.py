@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fofa_deploy.files import FileRow
     from fofa_deploy.progress import Progress
 
-SHAPE = re.compile(r"(?:(?P<name>.+)=)?(?P<sides>[1-9][0-9]*(?:x[1-9][0-9]*)*)")
+SHAPE = re.compile(r"(?:(?P<name>.+)=)?(?P<sides>[1-9][0-9]{0,6}(?:x[1-9][0-9]{0,6})*)")
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def _show(report: GateReport, as_json: bool) -> None:
     from fofa_deploy.cli.show import table
     from fofa_deploy.gate.sinks import COLUMNS, cells_of
     from fofa_deploy.gate.verdicts import summary
+    from fofa_deploy.progress import one_line
     from fofa_deploy.report.record import to_json
 
     if as_json:
@@ -104,5 +105,5 @@ def _show(report: GateReport, as_json: bool) -> None:
         rows = [[f"[{colours[f.verdict]}]{f.verdict}[/]", *map(escape, cells_of(f))] for f in report.findings]
         table("", ("verdict", *COLUMNS[1:]), rows)
         for notice in report.notices:
-            click.echo(f"notice: {notice}")
+            click.echo(f"notice: {one_line(notice)}")
     click.echo(summary(report), err=as_json)

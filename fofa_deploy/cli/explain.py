@@ -16,5 +16,5 @@ def command(run: Path) -> None:
     from fofa_deploy.cli.show import table
     from fofa_deploy.store import manifests
 
-    rows = [[m.stage, m.finished_at, f"{m.seconds:.1f}", escape(m.why)] for m in manifests(run)]
+    rows = [[escape(m.stage), escape(m.finished_at), f"{m.seconds:.1f}", escape(m.why)] for m in manifests(run)]
     table("", ("stage", "finished", "seconds", "why it ran"), rows)

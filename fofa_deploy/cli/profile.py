@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
     if value is None:
         return ()
-    numbers = tuple(int(part) if part.isdecimal() else 0 for part in value.split(","))
+    numbers = tuple(int(part) if part.isdecimal() and len(part) < 7 else 0 for part in value.split(","))
     if not all(numbers) or len(set(numbers)) < len(numbers):
-        raise click.BadParameter("write whole numbers above 0, each once, such as 1,8")
+        raise click.BadParameter("write whole numbers above 0 and below a million, each once, such as 1,8")
     return numbers
 
 
@@ -34,6 +34,8 @@ def _json(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
     """So that a model's name behind ``--json`` is not written over."""
     if value not in (None, "-") and not str(value).endswith(".json"):
         raise click.BadParameter(f"{value!r} does not end in .json; for JSON on standard output, put --json last")
+    if value not in (None, "-") and not Path(str(value)).parent.is_dir():
+        raise click.BadParameter(f"the folder of {value!r} does not exist: make it first")
     return value
 
 
@@ -90,9 +92,10 @@ def command(
             rows = [import_results(results.read_bytes(), str(results), tuner, profiles)]
         else:
             rows = [row for p in profiles for row in profile_on(places(p, hosts, python, ssh_config), tuner, p)]
+        _tell(rows, json_to)  # before they are kept: what was measured far away must not be lost with a report
         if hosts or results or any(profile.device.host for profile in profiles):
             keep(source, rows)
-    _tell(rows, json_to)
+    finish(rows, json_to == "-")
 
 
 def _tell(rows: list[TargetRow], json_to: str | None) -> None:
@@ -101,7 +104,6 @@ def _tell(rows: list[TargetRow], json_to: str | None) -> None:
     if json_to != "-":
         measurements([(f"{r.target}/{r.recipe}", m) for r in rows if r.measurement for m in (r.measurement, *r.other_batches)])
     _write(rows, json_to)
-    finish(rows, json_to == "-")
 
 
 def _tell_as_is(rows: list[FileRow], json_to: str | None) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fofa_deploy.progress import Progress, Quiet, Terminal
+from fofa_deploy.progress import Progress, Quiet, Terminal, one_line
 
 if TYPE_CHECKING:
     from fofa_deploy.files import FileRow
@@ -32,7 +32,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for number, column in enumerate(columns):
         view.add_column(column, overflow="fold", no_wrap=number < len(columns) - 1)
     for row in rows:
-        view.add_row(*row)
+        view.add_row(*map(one_line, row))
     screen = console()
     if screen.is_terminal:
         screen.print(view)
@@ -112,5 +112,5 @@ def outcome(report: RunReport, out: Path) -> None:
         name = report.teacher.model if report.teacher else report.student.model
         screen.print(f"reference: {name}, fp32 on ONNX Runtime, p50 {report.reference.latency_ms.p50:.3f} ms", markup=False)
     for notice in report.notices:
-        screen.print(f"notice: {notice}", markup=False)
+        screen.print(f"notice: {one_line(notice)}", markup=False)
     screen.print(f"report: {(out / 'report.html').absolute()}", markup=False, soft_wrap=True)

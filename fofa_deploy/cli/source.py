@@ -131,13 +131,17 @@ def plain_settings(source: Source) -> Settings:
 
 def keep(source: Source, rows: list[TargetRow]) -> None:
     """Put rows from devices into the report of a run directory, each in the place of its last one."""
+    from fofa_deploy.errors import UserError
     from fofa_deploy.report import read_report, write_report
     from fofa_deploy.report.elsewhere import joined
 
     if not (source.path / "report.json").is_file():
         return
-    report = read_report(source.path)
-    write_report(report.model_copy(update={"targets": joined(report.targets, rows)}), source.path)
+    try:
+        report = read_report(source.path)
+        write_report(report.model_copy(update={"targets": joined(report.targets, rows)}), source.path)
+    except UserError as error:  # the rows are shown all the same
+        click.echo(f"notice: not kept in the report: {error.message} -> {error.action}", err=True)
 
 
 def finish(rows: list[TargetRow], as_json: bool) -> None:

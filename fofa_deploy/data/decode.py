@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +14,16 @@ from fofa_deploy.config import DataPlan
 
 Pixels = NDArray[np.uint8]
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Of images that are decoded here. Pillow knows more, and for one of them, PostScript, starts another program."""
+
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
 WHOLE = (0.0, 0.0, 1.0, 1.0)
+
+
+def open_image(stream: BinaryIO) -> Image.Image:
+    """Raises: PIL.UnidentifiedImageError: it is of none of `FORMATS`."""
+    return Image.open(stream, formats=FORMATS)
 
 
 def to_pixels(image: Image.Image, plan: DataPlan, box: Sequence[float] = WHOLE) -> Pixels:
@@ -37,6 +47,13 @@ def to_pixels(image: Image.Image, plan: DataPlan, box: Sequence[float] = WHOLE) 
         image = ImageOps.fit(image, (width, height), _RESAMPLING[plan.interpolation], bleed=bleed)
     pixels = np.asarray(image, np.uint8)
     return pixels[None] if plan.channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def png(pixels: Pixels) -> bytes:
+    """Encoded again, losslessly."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0).squeeze()).save(stream, "png")
+    return stream.getvalue()
 
 
 def _placed(start: float, end: float, part: float, whole: int) -> tuple[int, int]:

@@ -135,8 +135,15 @@ def class_names(root: Path, *parts: Shards) -> tuple[str, ...]:
     """Those in `CLASSES` beside the shards; where it is missing, numbers up to the largest label."""
     listed = root / CLASSES
     if listed.is_file():
-        return tuple(listed.read_text().splitlines())
-    return tuple(map(str, range(1 + max(int(part.targets.max(initial=0)) for part in parts))))
+        try:
+            return tuple(listed.read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{listed} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+    largest = max(int(part.targets.max(initial=0)) for part in parts)
+    if largest >= (images := sum(len(part.targets) for part in parts)):
+        problem = f"{root} has {images} images, and the largest label is {largest}"
+        raise DataError(problem, f"count labels from 0, or name the classes, one per line, in {listed}")
+    return tuple(map(str, range(1 + largest)))
 
 
 def write_shards(images: Iterable[tuple[bytes, str, int]], folder: Path, split: str, per_shard: int = 10_000) -> list[Path]:

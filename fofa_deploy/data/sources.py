@@ -10,6 +10,7 @@ import copy
 import gzip
 import hashlib
 import io
+import math
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from fofa_deploy.config import DataPlan
-from fofa_deploy.data.decode import WHOLE, Pixels, to_pixels
+from fofa_deploy.data.decode import WHOLE, Pixels, open_image, png, to_pixels
 from fofa_deploy.data.shards import SUFFIXES, Shards, class_names, open_shards
 from fofa_deploy.errors import DataError
 from fofa_deploy.store import digest
@@ -102,13 +103,7 @@ class ArraySource:
         return f"{self._where}, image {index}"
 
     def encoded(self, index: int) -> tuple[bytes, str]:
-        return _png(self._pixels[index]), "png"
-
-
-def _png(pixels: Pixels) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0).squeeze()).save(stream, "png")
-    return stream.getvalue()
+        return png(self._pixels[index]), "png"
 
 
 def array_digest(array: NDArray[Any]) -> str:
@@ -179,7 +174,7 @@ class FileSource:
         found = self._items[index][0]
         if isinstance(found, Image.Image):
             return to_pixels(found, self._plan, box)
-        with found as stream, Image.open(stream) as image:
+        with found as stream, open_image(stream) as image:
             return to_pixels(image, self._plan, box)
 
     def encoded(self, index: int) -> tuple[bytes, str]:
@@ -187,10 +182,10 @@ class FileSource:
         with self._naming(index):
             found = self._items[index][0]
             if isinstance(found, Image.Image):
-                return _png(to_pixels(found, self._plan)), "png"
+                return png(to_pixels(found, self._plan)), "png"
             with found as stream:
                 content: bytes = stream.read()
-            with Image.open(io.BytesIO(content)) as image:
+            with open_image(io.BytesIO(content)) as image:
                 suffix = (image.format or "").lower()
             return content, suffix if suffix in SUFFIXES else "jpg"  # of multi-picture files, which cameras write
 
@@ -200,7 +195,7 @@ class FileSource:
         if self._samples is None:
             return f"{self._where}, image {index}"
         first = self._samples[index][0]
-        path = Path(str(getattr(first, "name", first)))
+        path = Path(first if isinstance(first, str | Path) else first.name)
         size = path.stat().st_size if path.is_file() else 0
         return f"{path} ({size} bytes)" if size else str(path)
 
@@ -251,7 +246,7 @@ def _read_idx(folder: Path, stem: str, dimensions: int) -> NDArray[np.uint8]:
         raise DataError(f"{path} cannot be read: {error}", "download it again") from error
     header = 4 + 4 * dimensions
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions))
-    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + int(np.prod(shape)):
+    if content[:4] != bytes([0, 0, 8, dimensions]) or len(content) != header + math.prod(shape):
         raise DataError(f"{path} is not a whole IDX file of {dimensions}-dimensional bytes", "download it again")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -313,7 +308,10 @@ def _images(plan: DataPlan) -> tuple[Source, Source]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if odd := [path for path in found if not path.is_file()]:
+        raise DataError(f"{odd[0]} is no file, or leads to none", "remove it")
+    return found
 
 
 def _timm(plan: DataPlan) -> tuple[Source, Source]:

@@ -14,6 +14,7 @@ import click
 from fofa_deploy.config import DataPlan, load_plan
 from fofa_deploy.data.shards import CLASSES, write_shards
 from fofa_deploy.data.sources import Source, open_sources
+from fofa_deploy.errors import FofaError
 
 
 def reshard(plan: DataPlan, folder: Path, per_shard: int = 10_000) -> list[Path]:
@@ -41,7 +42,11 @@ def _encoded(source: Source) -> Iterator[tuple[bytes, str, int]]:
 @click.option("--per-shard", default=10_000, show_default=True, type=click.IntRange(1), help="Images per shard.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the plan.")
 def command(plan: str, folder: Path, per_shard: int, overrides: tuple[str, ...]) -> None:
-    for path in reshard(load_plan(plan, overrides).data, folder, per_shard):
+    try:
+        written = reshard(load_plan(plan, overrides).data, folder, per_shard)
+    except FofaError as error:
+        raise click.ClickException(f"{error.message}\n  -> {error.action}") from error
+    for path in written:
         click.echo(path)
 
 

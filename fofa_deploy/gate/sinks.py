@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 from fofa_deploy.errors import UserError
 from fofa_deploy.gate.verdicts import Finding, GateReport, Verdict
+from fofa_deploy.progress import one_line
 from fofa_deploy.report import words
 from fofa_deploy.store import write_atomic
 
@@ -29,8 +30,8 @@ def junit(report: GateReport) -> str:
 
 def _case(suite: ElementTree.Element, finding: Finding) -> None:
     # one_line also drops what XML 1.0 cannot hold.
-    name, reason = words.one_line(finding.metric), words.one_line(finding.reason)
-    case = ElementTree.SubElement(suite, "testcase", {"classname": words.one_line(finding.target), "name": name, "time": "0"})
+    name, reason = one_line(finding.metric), one_line(finding.reason)
+    case = ElementTree.SubElement(suite, "testcase", {"classname": one_line(finding.target), "name": name, "time": "0"})
     if finding.verdict is Verdict.FAIL:
         ElementTree.SubElement(case, "failure", {"message": reason, "type": "regression"}).text = reason
     elif finding.verdict is Verdict.INCONCLUSIVE:

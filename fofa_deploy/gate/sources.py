@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fofa_deploy.backend import is_native, untrusted
+from fofa_deploy.backend import check_origin
 from fofa_deploy.config import RunPlan, load_plan, size_name
 from fofa_deploy.data.splits import ORIGIN
 from fofa_deploy.errors import DataError, IntegrityError, UserError
@@ -108,12 +108,12 @@ def open_source(path: Path, profile: str | None = None, *, trusted: bool = False
     Raises:
         UserError: it is none of these, or holds files that are not the recorded ones.
         IntegrityError: it brings machine code that nobody said is trusted.
+        GraphError: it brings a file that is malformed or unsafe.
     """
     source = _opened(path, profile)
-    if source.plan is None and not trusted:
-        for artifact in (subject.artifact for subject in source.subjects.values()):
-            if is_native(artifact):
-                raise untrusted(artifact.path)
+    if source.plan is None:
+        for subject in source.subjects.values():
+            check_origin(subject.artifact, trusted)
     return source
 
 

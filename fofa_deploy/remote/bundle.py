@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fofa_deploy.config import LimitsPlan, MeasurePlan
 from fofa_deploy.measure import Candidate
@@ -54,7 +54,7 @@ class Job(Frozen):
     device_kind: str
     device_name: str
     spinning: bool
-    grid: tuple[Line, ...]
+    grid: tuple[Line, ...] = Field(min_length=1)
     checked: tuple[PositiveInt, ...] = CHECKED_BATCHES
     measure: MeasurePlan
     build_seconds: PositiveFloat

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, Field, NonNegativeFloat, PositiveFloat, ValidationError
 
 from fofa_deploy.environment import environment_of
 from fofa_deploy.errors import IntegrityError
@@ -34,23 +34,25 @@ def _base64(text: str) -> str:
 
 Packed = Annotated[str, AfterValidator(_base64)]
 Text = Annotated[str, Field(max_length=4000)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Number = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
 class Failed(Frozen):
-    batch: PositiveInt
-    threads: NonNegativeInt
+    batch: Number
+    threads: Count
     error: Text
 
 
 class Timed(Frozen):
-    batch: PositiveInt
-    threads: PositiveInt
+    batch: Number
+    threads: Number
     device: Text
     load_ms: NonNegativeFloat
     first_run_ms: PositiveFloat
-    warmup_runs: NonNegativeInt
+    warmup_runs: Count
     times_ns: Packed = Field(description="int64, little endian")
-    peak_rss_bytes: PositiveInt
+    peak_rss_bytes: Number
     measured_at: Text
     energy_mj: NonNegativeFloat | None
     energy_reason: Text
@@ -63,7 +65,10 @@ class Timed(Frozen):
             raise IntegrityError(f"the times at batch {self.batch} are none", AGAIN)
         told = self.model_dump(exclude={"times_ns", "logits"})
         cold = self.load_ms + self.first_run_ms
-        return summarize(times.tolist(), cold_start_ms=cold, artifact_sha256=artifact_sha256, **told)
+        try:
+            return summarize(times.tolist(), cold_start_ms=cold, artifact_sha256=artifact_sha256, **told)
+        except (ValueError, ArithmeticError) as error:  # numbers that no clock tells, whose sums are none
+            raise IntegrityError(f"the measurement at batch {self.batch} is none: {str(error).splitlines()[0]}", AGAIN) from error
 
 
 class Results(Frozen):
@@ -81,8 +86,10 @@ class Results(Frozen):
         """Raises: IntegrityError: the facts are not those of a machine."""
         facts = dict(self.environment)
         try:
+            if not all(isinstance(flag, str) for flag in facts["flags"]):
+                raise TypeError("a CPU's flags are words")
             return environment_of(facts, facts.pop("versions"))
-        except (KeyError, TypeError, ValidationError) as error:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
             raise IntegrityError(f"the results describe no machine: {error}", AGAIN) from error
 
     def answers(self, job: Job) -> tuple[Timed | Failed, ...]:

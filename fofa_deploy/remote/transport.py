@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import secrets
 import select
 import shlex
@@ -31,6 +32,7 @@ SLOWEST = 100_000
 """Bytes per second that a link must carry before the transfer counts as hung."""
 MAX_RESULTS = 256 << 20
 MAX_NOISE = 1 << 20
+HEADER = re.compile(r"(?P<size>[0-9]{1,18}) (?P<sha256>[0-9a-f]{64})")
 """What a login shell may print before the job answers."""
 LOG_TAIL = 500
 BOOT = """import sys
@@ -174,11 +176,14 @@ class _Connection:
             raise BackendError(
                 f"the connection to {self._name} broke while the job ran: {self._words()}", "run the same command again"
             )
-        size, sha256 = rest.split()
-        if int(size) > MAX_RESULTS:
+        told = HEADER.fullmatch(rest)
+        if not told:
+            raise IntegrityError(f"{self._name} announces no results: {rest[:100]!r}", "run the same command again")
+        size = int(told["size"])
+        if size > MAX_RESULTS:
             raise IntegrityError(f"{self._name} answers with {size} bytes, {MAX_RESULTS} are allowed", "measure fewer runs")
-        content = self._take(int(size), time.monotonic() + self._transfer_seconds)
-        if hashlib.sha256(content).hexdigest() != sha256:
+        content = self._take(size, time.monotonic() + self._transfer_seconds)
+        if hashlib.sha256(content).hexdigest() != told["sha256"]:
             raise IntegrityError(f"the results of {self._name} were damaged on their way", "run the same command again")
         return content
 
@@ -198,7 +203,7 @@ class _Connection:
         noise = 0
         while noise <= MAX_NOISE:
             while b"\n" not in self._buffer:
-                if not self._fill(deadline):
+                if noise + len(self._buffer) > MAX_NOISE or not self._fill(deadline):
                     return None
             line, self._buffer = self._buffer.split(b"\n", 1)
             if line.startswith(self._marker.encode()):
@@ -213,7 +218,8 @@ class _Connection:
 
     def _fill(self, deadline: float) -> bool:
         assert self._process.stdout
-        ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        left = deadline - time.monotonic()  # one who never stops talking must not have more of it
+        ready = select.select([self._process.stdout], [], [], left)[0] if left > 0 else []
         chunk = os.read(self._process.stdout.fileno(), 1 << 16) if ready else b""
         self._buffer += chunk
         if ready and not chunk:

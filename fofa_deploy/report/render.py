@@ -8,6 +8,7 @@ import re
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from fofa_deploy.progress import one_line
 from fofa_deploy.report import choice, limits, plots, summary, words
 from fofa_deploy.results import RunReport
 
@@ -39,14 +40,14 @@ def model_card(report: RunReport) -> str:
 
 def html_value(value: object) -> Markup:
     """Every expression of an HTML template passes through here."""
-    return value if isinstance(value, Markup) else escape(words.one_line(value))
+    return value if isinstance(value, Markup) else escape(one_line(value))
 
 
 def markdown_value(value: object) -> Markup:
     """Every expression of a Markdown template: Markdown may contain HTML, so both are escaped."""
     if isinstance(value, Markup):
         return value
-    text = MARKDOWN.sub(r"\\\1", words.one_line(value))
+    text = MARKDOWN.sub(r"\\\1", one_line(value))
     text = LEADING.sub(lambda m: f"\\{m[1]}" if m[1] else f"{m[2]}\\{m[3]}", INDENT.sub(" ", text))
     text = AUTOLINK.sub(lambda match: f"\\{match.group()}", text)
     return Markup(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
@@ -54,7 +55,7 @@ def markdown_value(value: object) -> Markup:
 
 def quoted(text: object) -> Markup:
     """A JSON string, which is also a YAML one: it can neither end nor open anything in the front matter."""
-    line = words.one_line(text)
+    line = one_line(text)
     return Markup(json.dumps(line, ensure_ascii=not line.isprintable()))
 
 

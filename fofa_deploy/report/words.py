@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 
+from fofa_deploy.progress import one_line
+
 ABSENT = "—"
 NOT_ENOUGH = "not enough runs"
 REASON_LENGTH = 500
-
-
-def one_line(text: object) -> str:
-    """Text without line breaks, control or direction characters: what is left cannot rearrange the page around it."""
-    return "".join(c if c.isprintable() else " " for c in str(text))
 
 
 def clipped(text: str, length: int = REASON_LENGTH) -> str:

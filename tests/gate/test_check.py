@@ -292,7 +292,7 @@ def test_what_was_measured_elsewhere_leaves_the_plans_targets_to_be_checked(base
 
 @pytest.mark.parametrize("trend", [False, True])
 def test_a_target_on_another_machine_has_its_size_judged_by_this_one(copy, tmp_path, trend):
-    board = on_a_board(copy, tmp_path, "p90_ms = 1000.0\npeak_rss_bytes = 1000000000000\nsize_bytes = 1000000000")
+    text = on_a_board(copy, tmp_path, "p90_ms = 1000.0\npeak_rss_bytes = 1000000000000\nsize_bytes = 1000000000").read_text()
     judged, kept = check(copy, None, Quiet(), Options(trend=trend))
     assert [finding.metric for finding in judged.findings] == ["device", "size budget"]
     assert found(judged, "device").reason.startswith("the device is board, not this machine: check it there, with --profile")
@@ -300,7 +300,7 @@ def test_a_target_on_another_machine_has_its_size_judged_by_this_one(copy, tmp_p
     on_a_board(copy, tmp_path, "size_bytes = 1")
     assert check(copy, None, Quiet(), Options(trend=trend))[0].exit_code == 1
     here = tmp_path / "there.toml"
-    here.write_text(board.read_text().replace('host = "board"', ""))
+    here.write_text(text.replace('host = "board"', ""))
     assert check(copy, None, Quiet(), Options(profile=str(here), quick=True))[0].exit_code == 0, "that very machine"
 
 
@@ -404,7 +404,7 @@ def test_what_the_first_look_decides_the_second_leaves(baseline_run, copy, monke
 
 
 def test_machine_code_that_no_run_brings_has_to_be_trusted_by_name(baseline_run, copy, monkeypatch):
-    monkeypatch.setattr("fofa_deploy.gate.sources.is_native", lambda artifact: True)
+    monkeypatch.setattr("fofa_exporters.onnxruntime.OnnxRuntimeBackend.native", True)
     with pytest.raises(IntegrityError, match="is machine code") as caught:
         check(_bare(copy), baseline_run, Quiet())
     assert "--trust-engine" in caught.value.action
