@@ -165,10 +165,13 @@ def adopt(store: Store, file: Path, images: Path | None, preparation: Preparatio
         if data is None:
             _write_noise(sidecar, out / "validation", settings.seed)
             return
-        write_split(data.validation, out / "validation", progress, "validation")
+        # Every fifth image, which a plan would keep for testing: nothing else is judged here.
+        write_split(data.test, out / "validation", progress, "validation")
         write_split(Split(data.train.source, data.train.indices[:256]), out / "calibration", progress, "calibration")
 
-    splits = store.run("data", {"images": data.digest if data else None, "sidecar": sidecar, "seed": settings.seed}, fill_data)
+    splits = store.run(
+        "data", {"images": data.digest if data else None, "sidecar": sidecar, "seed": settings.seed}, fill_data, version=2
+    )
 
     def fill_graph(out: Path) -> None:
         shutil.copyfile(file, out / "model.onnx")

@@ -79,7 +79,9 @@ class DataPlan(Frozen):
 class CandidatePlan(ModelPlan):
     """One line of the list: a model, or for timm a pattern such as 'timm:mobilenetv3_small_*'."""
 
-    name: str | None = Field(default=None, description="default: the model's own, with the input size")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=100)] | None = Field(
+        default=None, description="default: the model's own, with the input size"
+    )
     widths: tuple[Factor, ...] = Field(
         default=(), exclude_if=lambda factors: not factors, description="times the model's channels, each a candidate of its own"
     )

@@ -18,6 +18,9 @@ from fofa_deploy.verify import Verification
 FLOAT_TOLERANCE = {Precision.FP32: 1e-3, Precision.FP16: 5e-2, Precision.BF16: 2e-1}
 """Largest relative L2 error of a float artifact on the golden inputs; int8 is judged by accuracy alone."""
 
+ROUNDING = 1e-9
+"""Of shares of images: far less than one image is worth."""
+
 ELSEWHERE = 2.0
 """How many times its error here an int8 artifact may have on another device, whose kernels round otherwise."""
 
@@ -62,15 +65,15 @@ def elsewhere_problem(precision: Precision, there: Comparison, here: Comparison 
 
 
 def _agreement_problem(found: Comparison, budget: AccuracyPlan) -> str:
-    if found.agreement >= budget.min_agreement:
+    if found.agreement >= budget.min_agreement - ROUNDING:
         return ""
-    return f"agrees with PyTorch on {found.agreement:.1%} of images, {budget.min_agreement:.1%} is asked for"
+    return f"agrees with PyTorch on {found.agreement:.1%} of {found.samples} images, {budget.min_agreement:.1%} is asked for"
 
 
 def _top1_problem(top1: float, expected: float, budget: AccuracyPlan) -> str:
-    if not top1 >= expected - budget.max_top1_drop:
+    if not top1 >= expected - budget.max_top1_drop - ROUNDING:
         return f"top-1 {top1:.2%} on validation, {expected - top1:.2%} below PyTorch; {budget.max_top1_drop:.2%} is allowed"
-    if not top1 >= budget.min_top1:
+    if not top1 >= budget.min_top1 - ROUNDING:
         return f"top-1 {top1:.2%} on validation, below the floor of {budget.min_top1:.2%}"
     return ""
 

@@ -26,7 +26,7 @@ from fofa_deploy.runner import timing
 from fofa_deploy.runner.energy import Meter
 from fofa_deploy.runner.machine import peak_rss_bytes
 from fofa_deploy.runner.timing import runs_for
-from fofa_deploy.types import Artifact, Feeds, Frozen, HardwareProfile, ModelFile
+from fofa_deploy.types import Artifact, Budget, Feeds, Frozen, HardwareProfile, ModelFile
 
 __all__ = ["Candidate", "FileCandidate", "FileRunner", "Runner", "measure", "peak_rss_bytes", "runs_for", "summarize"]
 
@@ -215,6 +215,12 @@ def summarize(times: Sequence[int], *, batch: int, **described: Any) -> Measurem
         warnings=noisy,
         **described,
     )
+
+
+def patient(plan: MeasurePlan, *budgets: Budget) -> MeasurePlan:
+    """Time enough for the p90 of whoever may keep the limit on it: who is slower misses it by the median."""
+    limit = min((budget.p90_ms for budget in budgets if budget.p90_ms), default=0.0)
+    return plan.model_copy(update={"max_seconds": max(plan.max_seconds, runs_for(0.9) * limit / 1000)})
 
 
 def _latency(ms: np.ndarray) -> Latency:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fofa_deploy.config import ModelPlan
 from fofa_deploy.errors import ModelError
-from fofa_deploy.prune import FAULTS, evaluating, prune
+from fofa_deploy.prune import FAULTS, PRUNING_VERSION, evaluating, prune
 from fofa_deploy.timm_entry import create
 
 MOST_TENSORS = 20_000
@@ -98,7 +98,7 @@ def code_identity(plan: ModelPlan) -> object:
     """What defines the model beside its plan: timm's version, or the files of the user's own; and what prunes it."""
     kind, _, _ = plan.model.partition(":")
     found: object = version("timm") if kind == "timm" else _sources(plan.model)
-    return [found, version("torch-pruning")] if plan.prune else found
+    return [found, version("torch-pruning"), PRUNING_VERSION] if plan.prune else found
 
 
 def _sources(reference: str) -> list[Path | str]:

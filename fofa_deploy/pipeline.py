@@ -34,7 +34,7 @@ from fofa_deploy.report import write_report
 from fofa_deploy.report.elsewhere import kept
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
 from fofa_deploy.select.apart import settled
-from fofa_deploy.select.candidates import code_of
+from fofa_deploy.select.candidates import code_of, models_of
 from fofa_deploy.select.record import Selection
 from fofa_deploy.select.search import select_student
 from fofa_deploy.store import Store
@@ -65,7 +65,7 @@ class Run:
         if len({profile.name for profile in self.profiles}) < len(self.profiles):
             raise PlanError("two targets have the same name", "list each profile once, and give copies a name of their own")
         if not stored:
-            for model in filter(None, (plan.teacher, None if plan.student.model == AUTO else plan.student)):
+            for model in models_of(plan, self.profiles[0]):
                 find_model(model)
 
     def _stage(

@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from fofa_deploy.errors import ModelError
 
 MULTIPLE = 8
-"""Channels are rounded down to multiples of this: what vector units and int8 kernels work in. Fewer than twice as many stay."""
+"""Channels are rounded down to multiples of this: what vector units and int8 kernels work in."""
+
+MOST = 2.0
+"""Times its share that rounding may take out of a layer: one with too few channels for that stays as it is."""
+
+PRUNING_VERSION = 2
+"""Raised when the same plan comes to other shapes."""
 
 FAULTS = (RuntimeError, TypeError, ValueError, AssertionError, LookupError, AttributeError, ArithmeticError)
 """What a network raises that does not take its images, cannot be traced, or has lost the wrong channels."""
@@ -109,7 +115,9 @@ def _cut(model: nn.Module, share: float, images: Tensor) -> None:
             output_transform=lambda logits: logits + 0,  # a step of its own, by which the classifier is told
         )
         for group in pruner.step(interactive=True):
-            if not any(dep.target.type == tp.ops.OPTYPE.OUTPUT for dep, _ in group):
+            (first, channels), *_ = group
+            lost = len(channels) / pruner.DG.get_out_channels(first.target.module)
+            if lost <= MOST * share and not any(dep.target.type == tp.ops.OPTYPE.OUTPUT for dep, _ in group):
                 group.prune()
     for module in attentions:
         _refit(module)

@@ -48,14 +48,23 @@ class Work(Frozen):
 
 
 def work(path: Path, batch: int = 1) -> dict[str, Work]:
-    """Multiply-accumulates and elements moved, per convolution and matrix product of a graph, by node name."""
+    """Multiply-accumulates and elements moved, per convolution and matrix product of a graph, by node name.
+
+    A node without a name goes by its output's.
+    """
     model = onnx.load(path)
+    weights = {tensor.name for tensor in model.graph.initializer}  # which old files list among the inputs, too
     for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = batch
+        if value.name not in weights and value.type.tensor_type.shape.dim:
+            value.type.tensor_type.shape.dim[0].dim_value = batch
     shapes = _shapes(onnx.shape_inference.infer_shapes(model, data_prop=True).graph)
-    found = {node.name: _work(node, shapes) for node in model.graph.node}
+    found = {_name(node): _work(node, shapes) for node in model.graph.node if node.output}
     carriers = _carriers(model.graph)
     return {name: cost.model_copy(update={"carriers": carriers[name]}) for name, cost in found.items() if cost}
+
+
+def _name(node: onnx.NodeProto) -> str:
+    return node.name or node.output[0]
 
 
 def _carriers(graph: onnx.GraphProto) -> dict[str, tuple[str, ...]]:
@@ -64,7 +73,7 @@ def _carriers(graph: onnx.GraphProto) -> dict[str, tuple[str, ...]]:
     for node in graph.node:
         sources = [origin[name] for name in node.input if name in origin]
         if node.op_type in PRODUCTS:
-            origin[node.output[0]] = node.name
+            origin[node.output[0]] = _name(node)
         elif node.op_type in FUSED and sources:
             origin[node.output[0]] = sources[-1]
     return {name: tuple(tensor for tensor, source in origin.items() if source == name) for name in set(origin.values())}

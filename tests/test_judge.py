@@ -7,6 +7,8 @@ import pytest
 from tiny import PREPROCESSING
 
 from fofa_deploy.config import AccuracyPlan
+from fofa_deploy.gate.rules import judge_own_accuracy
+from fofa_deploy.gate.verdicts import Verdict
 from fofa_deploy.judge import FLOAT_TOLERANCE, accuracy_problem, budget_problem, precision_problem
 from fofa_deploy.results import Comparison, Latency, TargetRow
 from fofa_deploy.types import Artifact, Budget, FileRecord, Layer, Precision, Recipe, Sidecar, Status, TensorSpec
@@ -30,6 +32,16 @@ def judged(precision=INT8, golden=None, whole=None, expected=None) -> str:
 @pytest.mark.parametrize(("top1", "good"), [(1.0, True), (0.75, True), (0.749, False), (0.0, False), (nan, False)])
 def test_the_drop_from_pytorch(top1, good):
     assert (judged(whole=compared(top1=top1), expected=1.0) == "") is good
+
+
+def test_a_drop_of_as_much_as_is_allowed_is_allowed_whatever_rounding_makes_of_it():
+    allowed = BUDGET.model_copy(update={"max_top1_drop": 0.01, "min_top1": 0.0})
+    for right in range(1, 101):
+        found = Verification.model_construct(golden=compared(), whole=compared(top1=(right - 1) / 100), expected_top1=right / 100)
+        assert accuracy_problem(INT8, found, allowed) == ""
+        assert judge_own_accuracy("t", (right - 1) / 100, right / 100, allowed)[-1].verdict is Verdict.PASS
+        found = found.model_copy(update={"whole": compared(top1=(right - 1) / 100 - 1e-4)})
+        assert accuracy_problem(INT8, found, allowed)
 
 
 @pytest.mark.parametrize(("top1", "good"), [(0.5, True), (0.499, False), (nan, False)])

@@ -9,13 +9,13 @@ from tiny import build, write_graph
 from fofa_deploy import measure as module
 from fofa_deploy.config import LimitsPlan, MeasurePlan
 from fofa_deploy.errors import BackendError, ChildError, IntegrityError
-from fofa_deploy.measure import Candidate, Runner, _latency, measure
+from fofa_deploy.measure import Candidate, Runner, _latency, measure, patient
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.runner import timing
 from fofa_deploy.runner.machine import peak_rss_bytes
 from fofa_deploy.runner.timing import runs_for
-from fofa_deploy.types import Artifact
+from fofa_deploy.types import Artifact, Budget
 
 PLAN = MeasurePlan(seconds=0.05, max_seconds=0.2, warmup_seconds=0.01, warmup_runs=10)
 LIMITS = LimitsPlan(run_seconds=60)
@@ -196,3 +196,10 @@ def test_memory_that_was_only_asked_for_does_not_count():
 
 def test_nothing_to_measure_is_no_error():
     assert measure([], PLAN, LIMITS, 0, Quiet()) == []
+
+
+def test_a_limit_on_p90_gets_the_time_that_so_many_runs_take():
+    plan, few = MeasurePlan(), Budget()
+    assert patient(plan, few) == plan
+    assert patient(plan, few, Budget(p90_ms=1000.0), Budget(p90_ms=5000.0)).max_seconds == runs_for(0.9)
+    assert patient(plan, Budget(p90_ms=1.0)) == plan

@@ -179,3 +179,11 @@ def test_keys_follow_the_share_and_are_the_old_ones_without_it():
     assert pruned_inputs(plain) == {}
     assert pruned_inputs(small) == {"prune": 0.5}
     assert code_identity(plain) != code_identity(small)
+
+
+def test_a_layer_of_small_groups_does_not_lose_many_times_its_share():
+    """Rounded down to multiples of eight per group, a tenth of 16 channels would be half of them."""
+    whole, cut = (build_model(ModelPlan(model="timm:regnety_002", prune=share), CLASSES, 3, (SIDE, SIDE)) for share in (0.0, 0.1))
+    before, after = shapes(whole), shapes(cut)
+    assert before != after
+    assert all(after[key][0] >= 0.8 * size[0] for key, size in before.items() if size and key != "head.fc.weight")

@@ -58,6 +58,20 @@ def test_a_kernel_named_after_its_result_is_found_and_the_whole_needs_nearly_all
     assert least_ms(found[:1], nodes) is None
 
 
+def test_nodes_without_names_go_by_what_they_make_and_weights_keep_their_shapes(graph, tmp_path):
+    """As files made by hand are, and those that list their weights among the inputs."""
+    wanted, model = work(graph, 3), onnx.load(graph)
+    for node in model.graph.node:
+        node.name = ""
+    for tensor in model.graph.initializer:
+        model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    onnx.save(model, tmp_path / "old.onnx")
+    found = work(tmp_path / "old.onnx", 3)
+    assert {name: cost.macs for name, cost in found.items()} == {
+        "a": wanted["depthwise"].macs, "b": wanted["strided"].macs, "y": wanted["head"].macs
+    }  # fmt: skip
+
+
 def test_a_product_of_two_tensors_counts_its_depth(tmp_path):
     nodes = [
         onnx.helper.make_node("Transpose", ["x"], ["t"], "turn", perm=[0, 2, 1]),

@@ -14,6 +14,7 @@ from fofa_deploy.gate import statistics
 from fofa_deploy.gate.launches import BASELINE, CANDIDATE, TWIN, Launch
 from fofa_deploy.gate.statistics import Shift, Times
 from fofa_deploy.gate.verdicts import Finding, Verdict
+from fofa_deploy.judge import ROUNDING
 
 TAILS = (0.9, 0.99)
 ADVICE = (
@@ -92,7 +93,7 @@ def judge_own_accuracy(target: str, right: float, pytorch: float | None, budget:
 
 
 def at_least(target: str, metric: str, value: float | None, limit: float) -> Finding:
-    kept = value is not None and value >= limit
+    kept = value is not None and value >= limit - ROUNDING
     told = "missing" if value is None else f"{value:.2%}"
     verdict = Verdict.PASS if kept else Verdict.FAIL
     reason = f"{told}, at least {limit:.2%} is asked for"

@@ -10,7 +10,7 @@ from pathlib import Path
 from fofa_deploy.environment import cpu_mismatch
 from fofa_deploy.errors import FofaError, IntegrityError, StageError, UnavailableError, UserError
 from fofa_deploy.judge import elsewhere_problem
-from fofa_deploy.measure import Candidate
+from fofa_deploy.measure import Candidate, patient
 from fofa_deploy.remote.bundle import Job, Line, job_for, write_bundle, write_question
 from fofa_deploy.remote.results import Failed, Results, Timed, compare_outputs, read_results
 from fofa_deploy.remote.transport import ADB, Adb, Ssh, Transport, exchange
@@ -132,7 +132,7 @@ def _sent(place: Place, tuner: Tuner, profile: HardwareProfile, row: TargetRow) 
 
 def job_of(candidate: Candidate, settings: Settings) -> Job:
     lines = [Line(batch=batch, threads=threads) for batch, threads in settings.lines(candidate.profile)]
-    return job_for(candidate, lines, settings.measure, settings.limits)
+    return job_for(candidate, lines, patient(settings.measure, candidate.profile.budget, settings.budget), settings.limits)
 
 
 def bundle(tuner: Tuner, profiles: Sequence[HardwareProfile], out: Path) -> None:

@@ -22,6 +22,8 @@ def settled(selection: Selection, plan: RunPlan, run: Path, teacher: Path | None
     """
     if lines := commands(selection, plan, run):
         told = ", ".join(f"{choice.name} for {choice.target}" for choice in selection.choices)
+        if left := _unmeasured(selection, plan):
+            told += f"; {', '.join(left)} could not be measured, and gets the first one"
         raise PlanError(f"targets have students of their own: {told}", "\n".join(["run", *lines]))
     if selection.ready:
         return plan.model_copy(update={"student": selection.student.model_copy(update={"checkpoint": teacher}), "distill": None})
@@ -36,11 +38,18 @@ def commands(selection: Selection, plan: RunPlan, run: Path) -> tuple[str, ...]:
     if len(students) == 1:
         return ()
     named = {find_profile(name).name: name for name in plan.targets}
-    return tuple(line for choices in students.values() for line in _run(choices, plan, named, run))
+    runs = [(choices, [named[choice.target] for choice in choices]) for choices in students.values()]
+    runs[0][1].extend(_unmeasured(selection, plan))
+    return tuple(line for choices, targets in runs for line in _run(choices, targets, plan, run))
 
 
-def _run(choices: Sequence[Choice], plan: RunPlan, named: dict[str, str], run: Path) -> list[str]:
-    targets = [named[choice.target] for choice in choices]
+def _unmeasured(selection: Selection, plan: RunPlan) -> list[str]:
+    """The plan's targets that no choice was made for."""
+    chosen = {choice.target for choice in selection.choices}
+    return [name for name in plan.targets if find_profile(name).name not in chosen]
+
+
+def _run(choices: Sequence[Choice], targets: list[str], plan: RunPlan, run: Path) -> list[str]:
     out = run.with_name(f"{run.name}-{choices[0].name}")
     required = [name for name in plan.required if name in targets]
     settings = {"targets": targets, "required": required, "student": _given(choices[0].student)}

@@ -6,6 +6,7 @@ MLP and hybrid families.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -13,7 +14,7 @@ from importlib import resources
 
 from pydantic import Field
 
-from fofa_deploy.config import CandidatePlan, ModelPlan, SelectPlan, Size, size_name
+from fofa_deploy.config import AUTO, CandidatePlan, ModelPlan, RunPlan, SelectPlan, Size, size_name
 from fofa_deploy.errors import PlanError
 from fofa_deploy.models import code_identity
 from fofa_deploy.select.variants import named_grid
@@ -26,7 +27,7 @@ WILD = frozenset("*?[")
 class Candidate(Frozen):
     """A network at one input size. Another size of the same network is another candidate."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="unique; also the name of its folder")
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", description="unique; also the name of its folder")
     student: ModelPlan
     image_size: Size = Field(description="height, width")
     ready: bool = Field(default=False, description="the teacher itself: its accuracy is known, and nothing is trained")
@@ -35,6 +36,19 @@ class Candidate(Frozen):
 def listed(plan: SelectPlan, profile: HardwareProfile) -> tuple[CandidatePlan, ...]:
     """The plan's list, or the one for its first target's kind of device."""
     return plan.candidates or listed_for(profile)
+
+
+def models_of(plan: RunPlan, profile: HardwareProfile) -> list[ModelPlan]:
+    """Every model that a plan names: the teacher, the student or its candidates.
+
+    Raises:
+        PlanError, ModelError: as `expand`.
+    """
+    students = [plan.student]
+    if plan.student.model == AUTO:
+        expanded = expand(listed(plan.select, profile), plan.data.image_size, plan.select.image_sizes)
+        students = [candidate.student for candidate in expanded]
+    return [*([plan.teacher] if plan.teacher else []), *students]
 
 
 def code_of(plan: SelectPlan, profile: HardwareProfile) -> list[object]:
@@ -91,7 +105,7 @@ def itself(teacher: ModelPlan, usual: tuple[int, int]) -> Candidate:
 
 def _variants(plan: CandidatePlan, model: str) -> list[tuple[str, ModelPlan]]:
     """Names and plans; one, as it is, where the line names neither widths nor depths."""
-    name = plan.name or model.partition(":")[2]
+    name = plan.name or re.sub(r"[^A-Za-z0-9._-]", "-", model.partition(":")[2])
     student = ModelPlan(**{**plan.model_dump(exclude={"name", "widths", "depths"}), "model": model})
     if not plan.widths and not plan.depths:
         return [(name, student)]

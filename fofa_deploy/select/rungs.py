@@ -14,6 +14,7 @@ from pathlib import Path
 from fofa_deploy.config import DistillPlan, SelectPlan
 from fofa_deploy.data import Data
 from fofa_deploy.distill.job import Taught, Workshop, read_summary
+from fofa_deploy.errors import StageError, TrainingError, UnavailableError, UserError
 from fofa_deploy.models import code_identity
 from fofa_deploy.select.candidates import Candidate
 from fofa_deploy.select.forecast import Curve, Point
@@ -64,21 +65,42 @@ class Halving:
     """Scores by candidate and rung: who climbs for several targets does so once."""
     alike: dict[str, float | None] = field(default_factory=dict)
     """Affinity of each candidate to the teacher after its first rung."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Why a candidate could not be trained."""
 
-    def climb(self, candidates: Sequence[Candidate]) -> dict[str, Curve]:
-        """Every candidate's points, as far as it got; those that were dropped have fewer."""
+    def climb(self, candidates: Sequence[Candidate], rival: bool = False) -> dict[str, Curve]:
+        """Every candidate's points, as far as it got; those that were dropped have fewer.
+
+        Args:
+            rival: the last one left has somebody to be compared with, who does not climb: it goes on to the top.
+
+        Raises:
+            FofaError: what the last one raised, where none can be trained.
+        """
         points: dict[str, list[Point]] = {candidate.name: [] for candidate in candidates}
         left = list(candidates)
         for rung in ladder(self.plan, self.distill.epochs, len(self.workshop.data.train)):
             for candidate in left:
-                place = candidate.name, rung.number
-                if place not in self.known:
-                    self.known[place] = self._score(candidate, rung)
-                points[candidate.name].append(Point(seen=rung.seen, top1=self.known[place]))
+                if (top1 := self._known(candidate, rung)) is not None:
+                    points[candidate.name].append(Point(seen=rung.seen, top1=top1))
+            left = [candidate for candidate in left if candidate.name not in self.faults]
+            if candidates and not left:
+                problem = "; ".join(f"{candidate.name}: {self.faults[candidate.name]}" for candidate in candidates)
+                raise TrainingError(f"no candidate can be trained: {problem}", "mend one of them, or name others")
             left = sorted(left, key=lambda c: -points[c.name][-1].top1)[: math.ceil(self.plan.keep * len(left))]
-            if len(left) == 1:
+            if len(left) == 1 and not rival:
                 break
-        return {name: Curve(points=tuple(found)) for name, found in points.items()}
+        return {name: Curve(points=tuple(found)) for name, found in points.items() if found}
+
+    def _known(self, candidate: Candidate, rung: Rung) -> float | None:
+        """The score; None for a candidate that cannot be trained, which takes nobody along."""
+        place = candidate.name, rung.number
+        if place not in self.known and candidate.name not in self.faults:
+            try:
+                self.known[place] = self._score(candidate, rung)
+            except (StageError, UserError, UnavailableError) as error:
+                self.faults[candidate.name] = error.message
+        return self.known.get(place)
 
     def _score(self, candidate: Candidate, rung: Rung) -> float:
         """Best validation accuracy of a short training."""

@@ -68,13 +68,18 @@ class Selector:
         foretold = {name: forecast(curve, self._seen) for name, curve in curves.items()}
         named = {one.name: one for one in candidates}
         first, *others = [self._choice(target, measured, climbs[target], foretold, named) for target in fits]
-        judged = [self._judged(candidate, measured, curves, parameters, faults, foretold) for candidate in candidates]
+        untrained = self.halving.faults
+        judged = [self._judged(one, measured, curves, parameters, {**faults, **untrained}, foretold) for one in candidates]
         return Selection(
             **dict(first),
             others=tuple(others),
             candidates=tuple(_crowned(one, [first, *others]) for one in judged),
             made_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            notices=(*(f"{name} cannot be captured: {fault}" for name, fault in faults.items()), *notices),
+            notices=(
+                *(f"{name} cannot be captured: {fault}" for name, fault in faults.items()),
+                *(f"{name} cannot be trained: {fault}" for name, fault in untrained.items()),
+                *notices,
+            ),
         )
 
     def _choice(
@@ -106,8 +111,9 @@ class Selector:
 
     def _climbed(self, candidates: Sequence[Candidate]) -> dict[str, Curve]:
         """What a training showed of everybody, or what is known of the ready ones."""
-        curves = self.halving.climb([one for one in candidates if not one.ready])
-        return curves | {one.name: Curve(points=(self._reached(),)) for one in candidates if one.ready}
+        ready = {one.name: Curve(points=(self._reached(),)) for one in candidates if one.ready}
+        climbing = [one for one in candidates if not one.ready]
+        return (self.halving.climb(climbing, rival=bool(ready)) if climbing else {}) | ready
 
     def _reached(self) -> Point:
         assert self.halving.taught_by, "it is a candidate"

@@ -12,15 +12,14 @@ from dataclasses import dataclass, replace
 from fofa_deploy import diagnosis
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, FofaError, StageError, UnavailableError, UserError
-from fofa_deploy.measure import Candidate, runs_for
+from fofa_deploy.measure import Candidate, patient
 from fofa_deploy.results import Measurement
 from fofa_deploy.select.choose import Speed
 from fofa_deploy.select.clocks import Clock, clock_for
 from fofa_deploy.select.table import Figures, LatencyTable, Setting
 from fofa_deploy.store import digest
-from fofa_deploy.tune import Settings
 from fofa_deploy.tune.workbench import Workbench
-from fofa_deploy.types import Artifact, HardwareProfile, Probe, Recipe, digest_file
+from fofa_deploy.types import Artifact, Budget, HardwareProfile, Probe, Recipe, digest_file
 
 GROUP = 8
 """Artifacts that are loaded at a time, the common reference among them."""
@@ -93,8 +92,11 @@ class Stopwatch:
     @property
     def _p90_limit(self) -> float | None:
         """The lowest of the profile's and the plan's, in ms."""
-        budgets = [self._profile.budget, *(bench.settings.budget for bench in self._benches.values())]
-        return min((budget.p90_ms for budget in budgets if budget.p90_ms), default=None)
+        return min((budget.p90_ms for budget in self._limits if budget.p90_ms), default=None)
+
+    @property
+    def _limits(self) -> list[Budget]:
+        return [self._profile.budget, *(bench.settings.budget for bench in self._benches.values())]
 
     def _best(self, entries: Sequence[_Entry], fits: Callable[[Speed], bool]) -> dict[str, tuple[str, Figures]]:
         """Of each candidate the fastest recipe that the aid knows and that fits, or the fastest if none does; and its figures."""
@@ -174,13 +176,8 @@ class Stopwatch:
             for entry, artifact in group
         ]
         bench = self._benches[group[0][0].name]
-        return self._clock.times(candidates, self._patient(bench.settings), bench.progress)
-
-    def _patient(self, settings: Settings) -> Settings:
-        """Time enough for the p90 of whoever may keep the limit on it: who is slower misses it by the median."""
-        plan, limit = settings.measure, self._p90_limit or 0.0
-        longest = max(plan.max_seconds, runs_for(0.9) * limit / 1000)
-        return replace(settings, measure=plan.model_copy(update={"max_seconds": longest}))
+        settings = replace(bench.settings, measure=patient(bench.settings.measure, *self._limits))
+        return self._clock.times(candidates, settings, bench.progress)
 
     def _keep(self, entry: _Entry, artifact: Artifact, found: Measurement | FofaError, factor: float) -> None:
         if isinstance(found, FofaError):

@@ -20,7 +20,7 @@ from fofa_deploy.judge import size_problem
 from fofa_deploy.results import TargetRow
 from fofa_deploy.tune.rows import row_of
 from fofa_deploy.tune.workbench import Workbench
-from fofa_deploy.types import Artifact, HardwareProfile, Precision, Probe, Recipe, Status
+from fofa_deploy.types import Artifact, Budget, HardwareProfile, Precision, Probe, Recipe, Status
 
 SLACK = 1.15
 """A family up to this factor slower in the short race is tried, too: the long race may see it otherwise."""
@@ -75,7 +75,7 @@ class Search:
         best: tuple[float, str] | None = None
         for kin in sorted(families, key=lambda name: speeds.get(name, float("inf"))):
             family, speed = families[kin], speeds.get(kin)
-            if best and speed and speed > SLACK * best[0] and not _always(family):
+            if best and speed and speed > SLACK * best[0] and not _always(family) and not self._limits_memory:
                 yield row_of(self._profile, family[0], Status.SKIPPED, _too_slow(speed, *best))
                 continue
             rows = self._tried(family)
@@ -149,7 +149,16 @@ class Search:
         return recipe.needs_calibration and self._bench.calibration is None
 
     def _too_large(self, row: TargetRow) -> bool:
-        return any(size_problem(row, budget) for budget in (self._profile.budget, self._bench.settings.budget))
+        return any(size_problem(row, budget) for budget in self._budgets)
+
+    @property
+    def _limits_memory(self) -> bool:
+        """What the race has yet to tell of the fastest: whether it is inside the budget cannot be known before."""
+        return any(budget.peak_rss_bytes is not None for budget in self._budgets)
+
+    @property
+    def _budgets(self) -> tuple[Budget, Budget]:
+        return self._profile.budget, self._bench.settings.budget
 
 
 def _families(recipes: Sequence[Recipe]) -> dict[str, list[Recipe]]:

@@ -17,7 +17,7 @@ from fofa_deploy.errors import FofaError, StageError, UnavailableError, UserErro
 from fofa_deploy.isolate import run_isolated
 from fofa_deploy.judge import budget_problem
 from fofa_deploy.layers import layers_of
-from fofa_deploy.measure import Candidate, measure
+from fofa_deploy.measure import Candidate, measure, patient
 from fofa_deploy.progress import Progress, Quiet
 from fofa_deploy.results import Measurement, TargetRow
 from fofa_deploy.store import Store
@@ -118,7 +118,8 @@ class Tuner:
         reference = self._reference_candidate(profile)
         everyone = [*candidates, *([reference] if reference else [])]
         settings = self.settings
-        found = measure(everyone, settings.measure, settings.limits, settings.seed, self.progress)
+        plan = patient(settings.measure, profile.budget, settings.budget)
+        found = measure(everyone, plan, settings.limits, settings.seed, self.progress)
         base = found.pop() if reference else None
         if isinstance(base, Measurement):
             self.reference_timings = self.reference_timings or timings(base, environment.describe())

@@ -6,7 +6,9 @@ import timm
 from fofa_deploy.config import ModelPlan, RunPlan, load_plan
 from fofa_deploy.errors import ModelError, PlanError
 from fofa_deploy.models import build_model, find_model
+from fofa_deploy.pipeline import opened
 from fofa_deploy.profile import find_profile
+from fofa_deploy.progress import Quiet
 from fofa_deploy.select.candidates import CandidatePlan, device_kind, expand, listed_for
 
 
@@ -98,3 +100,19 @@ def test_widths_are_read_from_a_plan_and_plans_without_them_are_what_they_were()
     assert set(CandidatePlan(model="timm:resnet18").model_dump()) == {*ModelPlan(model="x").model_dump(), "name"}
     with pytest.raises(PlanError, match="widths"):
         load_plan("demo", ["student={model='auto'}", "select.candidates=[{model='timm:resnet18',widths=[0]}]"])
+
+
+@pytest.mark.parametrize(("line", "words"), [("timm:resnt18", "did you mean"), ("timm:no_such_*", "no timm model matches")])
+def test_a_candidate_that_is_none_is_told_before_anything_is_made(tmp_path, line, words):
+    plan = load_plan("demo", ["student={model='auto'}", f"select.candidates=[{{model='{line}'}}]"])
+    with pytest.raises((PlanError, ModelError)) as caught, opened(plan, tmp_path / "run", Quiet()):
+        pass
+    assert words in f"{caught.value.message} {caught.value.action}"
+    assert not (tmp_path / "run" / "data").exists()
+
+
+def test_a_candidates_own_name_is_one_of_a_folder():
+    with pytest.raises(PlanError, match="name"):
+        load_plan("demo", ["student={model='auto'}", "select.candidates=[{model='timm:resnet18',name='slim resnet'}]"])
+    (private,) = expand((CandidatePlan(model="mine:_net"),), (16, 16))
+    assert private.name == "_net-16"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fofa_deploy.config import ModelPlan, load_plan
+from fofa_deploy.errors import TrainingError
 from fofa_deploy.select.candidates import Candidate, code_of
 from fofa_deploy.select.rungs import Halving, Rung
 from fofa_deploy.store import digest
@@ -42,3 +43,43 @@ def test_a_changed_network_is_trained_and_chosen_anew(network):
         chosen_from.append(digest(code_of(plan.select, None)))
     for before, same, after in (told, chosen_from):
         assert before == same != after
+
+
+class Trained(Halving):
+    """Scores as a test says; an error in place of one is raised."""
+
+    def _score(self, candidate, rung):
+        self.alike.setdefault(candidate.name, 0)
+        self.alike[candidate.name] += 1
+        score = SCORES[candidate.name]
+        if isinstance(score, Exception):
+            raise score
+        return score
+
+
+SCORES = {"good": 0.9, "poor": 0.2, "broken": TrainingError("its loss is no number", "lower lr")}
+
+
+def halving(rungs=3):
+    plan = load_plan("demo", ["student={model='auto'}", f"select.rungs={rungs}"])
+    shop = SimpleNamespace(data=SimpleNamespace(train=range(1000)))
+    return Trained(plan.select, plan.distill, shop, None, None, {})
+
+
+def those(*names):
+    return [Candidate(name=name, student=ModelPlan(model="timm:resnet18"), image_size=(8, 8)) for name in names]
+
+
+@pytest.mark.parametrize(("names", "rival", "points"), [(["good"], False, 1), (["good"], True, 3), (["good", "poor"], True, 3)])
+def test_the_last_one_left_climbs_on_where_somebody_waits_at_the_top(names, rival, points):
+    """One point of a short training foretells nothing to be compared with a finished one."""
+    assert len(halving().climb(those(*names), rival)["good"].points) == points
+
+
+def test_one_that_cannot_be_trained_takes_nobody_along():
+    search = halving()
+    assert set(search.climb(those("good", "broken", "poor"))) == {"good", "poor"}
+    assert search.faults == {"broken": "its loss is no number"}
+    assert search.alike["broken"] == 1
+    with pytest.raises(TrainingError, match="no candidate can be trained: broken: its loss is no number"):
+        halving().climb(those("broken"))

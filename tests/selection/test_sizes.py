@@ -206,6 +206,11 @@ def test_runs_of_ones_own_are_told_their_size(tight, free):
     told = [shlex.split(line) for line in lines if line.startswith("fofa-deploy")]
     settings = [[words[i + 1] for i, word in enumerate(words) if word == "--set"] for words in told]
     assert [load_plan(str(out / "plan.json"), each).student.image_size for each in settings] == [(16, 16), None]
+    with_board = several.model_copy(update={"targets": (*several.targets, "jetson-orin"), "required": ("jetson-orin",)})
+    lines = commands(both[0].model_copy(update={"others": (both[1],)}), with_board, out)
+    told = [line for line in lines if line.startswith("fofa-deploy")]
+    assert ["jetson-orin" in line for line in told] == [True, False], "what cannot be measured here is not dropped"
+    assert 'required=["jetson-orin"]' in told[0]
 
 
 def test_a_size_that_is_none_is_refused_in_words(plan_file):

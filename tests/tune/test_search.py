@@ -110,6 +110,13 @@ def test_a_family_that_is_too_large_keeps_no_slower_one_from_being_tried(store):
     assert (rows["fp32"], rows["b"], rows["c"], rows["a"]) == (Status.VERIFIED, Status.VERIFIED, Status.REJECTED, Status.VERIFIED)
 
 
+def test_a_budget_of_memory_which_no_race_tells_keeps_every_family(store):
+    bench = Bench(store, {"a", "b", "c", "fp32"})
+    bench.settings = Settings(AccuracyPlan(), MeasurePlan(), LimitsPlan(), Budget(peak_rss_bytes=100), 0)
+    rows = found(bench, race_of(a=3.0, b=1.0, c=2.0, fp32=5.0))
+    assert [rows[name] for name in ("a", "b", "c", "fp32")] == [Status.VERIFIED] * 4
+
+
 def test_a_recipe_that_does_not_build_leaves_its_family_to_the_next(store):
     bench = Bench(store, {"b+", "fp32"}, broken={"b", "c"})
     rows = found(bench, race_of(a=3.0, b=1.0, fp32=5.0))
