@@ -31,6 +31,8 @@ from fofa_deploy.verify import run_all
 
 GOLDEN = 8
 KEY = "fofa_deploy.sidecar"
+QUANTIZED = {f"{name}Linear" for name in ("Quantize", "Dequantize", "DynamicQuantize")}
+QUANTIZED |= {"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"}
 _DTYPES: dict[int, str] = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.UINT8: "uint8"}
 
 
@@ -80,6 +82,9 @@ def read_sidecar(file: Path, preparation: Preparation) -> Sidecar:
     if outside := [tensor.name for tensor in model.graph.initializer if uses_external_data(tensor)]:
         problem = f"{file} keeps {len(outside)} of its weights in another file, {outside[0]} for one"
         raise GraphError(problem, "export it as one file: torch.onnx.export(..., external_data=False)")
+    if done := sorted({node.op_type for node in model.graph.node} & QUANTIZED):
+        problem = f"{file} is quantized already, it has {', '.join(done)}"
+        raise GraphError(problem, "give the float model; or measure it as it is: fofa-deploy profile FILE --target PROFILE")
     beside = file.with_name("sidecar.json")
     inside = {prop.key: prop.value for prop in model.metadata_props}.get(KEY)
     if beside.is_file() or inside:
@@ -148,7 +153,7 @@ def _derived(model: onnx.ModelProto, file: Path, preparation: Preparation) -> Si
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    return tuple(d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim)
+    return tuple(d.dim_value if d.dim_value > 0 else None for d in value.type.tensor_type.shape.dim)
 
 
 def adopt(store: Store, file: Path, images: Path | None, preparation: Preparation, progress: Progress, settings: Settings) -> Tuner:
@@ -158,6 +163,9 @@ def adopt(store: Store, file: Path, images: Path | None, preparation: Preparatio
         images: folder of real images; without it inputs are seeded noise, and nothing can be calibrated.
     """
     sidecar = read_sidecar(file, preparation)
+    derived = sidecar.model == file.name
+    if derived and images and preparation == Preparation(pixels=preparation.pixels):
+        progress.say(f"{file.name} has no sidecar: mean 0.5 and std 0.5 are taken for its input; --mean and --std say otherwise")
     data = None if images is None else load_data(_data_plan(sidecar, images), settings.seed)
     limits = settings.limits
 

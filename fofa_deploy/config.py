@@ -297,10 +297,11 @@ def load_plan(source: str, overrides: Iterable[str] = ()) -> RunPlan:
     """
     data, folder = _read_plan(source)
     _anchor(data, folder)
-    for assignment in overrides:
+    assignments = list(overrides)
+    for assignment in assignments:
         override(data, assignment)
     _anchor(data, Path.cwd())
-    return validate(data, RunPlan, source)
+    return validate(data, RunPlan, f"{source} or --set" if assignments else source)
 
 
 def ready_made(checkpoint: Path, model: str, classes: int, images: Path, overrides: Iterable[str] = ()) -> RunPlan:

@@ -67,7 +67,8 @@ def elsewhere_problem(precision: Precision, there: Comparison, here: Comparison 
 def _agreement_problem(found: Comparison, budget: AccuracyPlan) -> str:
     if found.agreement >= budget.min_agreement - ROUNDING:
         return ""
-    return f"agrees with PyTorch on {found.agreement:.1%} of {found.samples} images, {budget.min_agreement:.1%} is asked for"
+    told = f"agrees with the model it came from on {found.agreement:.1%} of {found.samples} images"
+    return f"{told}, {budget.min_agreement:.1%} is asked for"
 
 
 def _top1_problem(top1: float, expected: float, budget: AccuracyPlan) -> str:

@@ -135,4 +135,5 @@ def differences(before: object, after: object, where: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted({*before, *after})
         return [d for key in keys for d in differences(before.get(key), after.get(key), f"{where}.{key}".lstrip("."))]
-    return [] if before == after else [f"{where} was {before!r}, is {after!r}"]
+    told = [str(value) if isinstance(value, Path) else repr(value) for value in (before, after)]
+    return [] if before == after else [f"{where} was {told[0]}, is {told[1]}"]

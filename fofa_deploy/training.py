@@ -92,7 +92,9 @@ class TrainPlan(Frozen):
 
 
 class TeacherPlan(ModelPlan):
-    floor_top1: Fraction | None = Field(default=None, description="least validation accuracy; default: 3x chance, at most 0.9")
+    floor_top1: Fraction | None = Field(
+        default=None, description="least validation accuracy; default: 3x chance, at most half-way from chance to 1"
+    )
     fit: TrainPlan | None = Field(default=None, description="train it first, from the weights it comes with, if any")
 
     def decisive(self) -> dict[str, Any]:

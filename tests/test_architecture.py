@@ -53,6 +53,7 @@ RUNTIMES = {
     "_nncf": {"nncf"},
     "openvino": {"onnx", "openvino", "nncf"},
     "_typed": {"onnx"},
+    "_openvino_session": set(),
     "_words": set(),
     "_kernels": {"onnx"},
     **{f"_quantization.{part}": {"onnx", "onnxruntime"} for part in PARTS.split()},

@@ -15,9 +15,11 @@ _NUMBERS = {
 
 
 def normalized(model: onnx.ModelProto) -> onnx.ModelProto:
-    """In place: constants are initializers, products of matrices have no factors, every node has a name of its own."""
+    """In place: constants are initializers, products of matrices have no factors and biases of one axis, every node has a name of
+    its own."""
     _store_constants(model.graph)
     _absorb_factors(model.graph)
+    _spread_biases(model.graph)
     name_nodes(model.graph)
     return model
 
@@ -76,6 +78,21 @@ def _absorb_factors(graph: onnx.GraphProto) -> None:
                 graph.initializer.append(numpy_helper.from_array((values * attribute.f).astype(values.dtype), name))
                 node.input[place] = name
                 attribute.f = 1.0
+
+
+def _spread_biases(graph: onnx.GraphProto) -> None:
+    """C of ``Gemm`` to one number per output, (O,): it may be a scalar or a row, which quantizers do not take."""
+    known = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "Gemm" or len(node.input) < 3 or node.input[1] not in known or node.input[2] not in known:
+            continue
+        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+        outputs = known[node.input[1]].dims[0 if transposed else 1]
+        values = numpy_helper.to_array(known[node.input[2]])
+        if values.shape != (outputs,) and values.size in (1, outputs) and values.shape[-1:] in ((), (1,), (outputs,)):
+            name = f"{node.output[0]}.bias"
+            graph.initializer.append(numpy_helper.from_array(np.broadcast_to(values.reshape(-1), (outputs,)).copy(), name))
+            node.input[2] = name
 
 
 def _factors(node: onnx.NodeProto) -> Iterator[tuple[onnx.AttributeProto, int]]:

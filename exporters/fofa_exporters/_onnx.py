@@ -56,6 +56,18 @@ def read_any(path: Path, domains: Set[str]) -> onnx.ModelProto:
         raise GraphError(f"{path} is not a safe ONNX file: {error}", _EXPORT_AGAIN) from error
     _check_single_file(model, path)
     _check_operators(model, path, domains)
+    return _without_weights(model)
+
+
+def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """In place: inputs are what has to be fed. Files of old (IR 3) list their weights as well, as if these could be, too."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) < len(model.graph.input):
+        copied = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in inputs]
+        del model.graph.input[:]
+        model.graph.input.extend(copied)
+        model.ir_version = max(model.ir_version, 4)
     return model
 
 
@@ -75,9 +87,7 @@ def describe(path: Path, domains: Set[str], layers: Callable[[], tuple[Layer, ..
     Raises:
         GraphError: it is not safe, or an input is no array whose number of axes is known.
     """
-    graph = read_any(path, domains).graph
-    weights = {tensor.name for tensor in graph.initializer}
-    inputs = tuple(_spec(value, path) for value in graph.input if value.name not in weights)
+    inputs = tuple(_spec(value, path) for value in read_any(path, domains).graph.input)
     return ModelFile(path=path, files=(FileRecord.of(path.parent, path),), inputs=inputs, layers=layers())
 
 
@@ -156,9 +166,23 @@ def weighted(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def stacked(model: onnx.ModelProto) -> list[str]:
-    """Names of the products with a stack of constant matrices (a table per axis, say): no runtime has those in int8 per output."""
-    dims = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-    return [node.name for node in weighted(model) if node.op_type == "MatMul" and dims.get(node.input[1], 2) > 2]
+    """Names of the products that no runtime has in int8 per output: with a stack of constant matrices (a table per axis, say), or
+    with the constant on the left, of which OpenVINO makes other numbers."""
+    dims, known = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}, constants(model.graph)
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    return [node.name for node in products if node.input[0] in known or (node.input[1] in known and dims.get(node.input[1], 2) > 2)]
+
+
+def grouped_transposed(model: onnx.ModelProto) -> list[str]:
+    """Names of the transposed convolutions in groups that have a bias: a scale per channel of a group is none for it."""
+    groups = {node.name: next((a.i for a in node.attribute if a.name == "group"), 1) for node in model.graph.node}
+    found = (node for node in model.graph.node if node.op_type == "ConvTranspose" and len(node.input) > 2)
+    return [node.name for node in found if groups[node.name] > 1]
+
+
+def stores_half(model: onnx.ModelProto) -> bool:
+    """Whether weights are stored in 16 bits."""
+    return any(tensor.data_type in (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16) for tensor in model.graph.initializer)
 
 
 def is_transformer(model: onnx.ModelProto) -> bool:

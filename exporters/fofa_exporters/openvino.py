@@ -7,13 +7,11 @@ hint, and it is read back after compiling; AUTO, which would pick a device silen
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 import onnx
 import openvino as ov
 
@@ -37,6 +35,7 @@ from fofa_deploy.types import (
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
 from fofa_exporters._nncf import nncf_quantized
+from fofa_exporters._openvino_session import OpenVinoSession, port_names
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import SMOOTHING, grown
 from fofa_exporters._rewrite import flatten_gathers, flatten_scales
@@ -51,49 +50,6 @@ RUNTIME_CACHE = "CPU_RUNTIME_CACHE_CAPACITY"
 A model for one size has nothing to mix up, and is a little slower without it.
 """
 _VIRTUAL_DEVICES = ("AUTO", "MULTI", "HETERO", "BATCH")
-
-
-class OpenVinoSession:
-    """Infer requests on one device.
-
-    Args:
-        compile_for: gives the model compiled for one batch size, or, for None, for any.
-        fixed: batch sizes that get a model of their own when they are first seen: with all shapes known the plugin leaves out
-            what it does for shapes that may change. Verification's other batch sizes share one.
-    """
-
-    def __init__(self, compile_for: Callable[[int | None], Any], fixed: Collection[int] = ()) -> None:
-        self._compile_for, self._fixed = compile_for, fixed
-        self._requests: dict[int | None, Any] = {}
-        compiled = self._opened(next(iter(fixed), None))
-        self._outputs = [output.get_any_name() for output in compiled.outputs]
-        self.device: str = ",".join(compiled.get_property("EXECUTION_DEVICES"))
-
-    def run(self, feeds: Feeds) -> Feeds:
-        batch = len(next(iter(feeds.values())))
-        size = batch if batch in self._fixed else None
-        try:
-            if size not in self._requests:
-                self._opened(size)
-            # The request reads the caller's arrays, and is done with them when it returns.
-            results = self._requests[size].infer(dict(feeds), share_inputs=True)
-        except RuntimeError as error:
-            raise BuildError(
-                f"OpenVINO failed while running: {telling(error)}", "check the input's name, shape and type"
-            ) from error
-        # The request owns its output memory and writes into it again on the next run.
-        return {name: np.array(results[name]) for name in self._outputs}
-
-    def _opened(self, size: int | None) -> Any:  # noqa: ANN401 - openvino is untyped
-        compiled = self._compile_for(size)
-        self._requests[size] = compiled.create_infer_request()
-        return compiled
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._requests = {}
 
 
 class OpenVinoBackend:
@@ -142,7 +98,7 @@ class OpenVinoBackend:
         beside = path.with_suffix(".bin")
         files = tuple(FileRecord.of(path.parent, file) for file in (path, beside) if file.is_file())
         compiled = _compile_file(path, profile)
-        return ModelFile(path=path, files=files, inputs=tuple(map(_spec, compiled.inputs)), layers=layer_table(compiled))
+        return ModelFile(path=path, files=files, inputs=_specs(compiled.inputs), layers=layer_table(compiled))
 
     def open_file(self, found: ModelFile, profile: HardwareProfile) -> OpenVinoSession:
         found.check()
@@ -345,9 +301,11 @@ def _threads(profile: HardwareProfile) -> int | None:
     return profile.execution.thread_count if profile.device.kind == "cpu" else None
 
 
-def _spec(port: Any) -> TensorSpec:  # noqa: ANN401
-    shape = tuple(side.get_length() if side.is_static else None for side in port.get_partial_shape())
-    return TensorSpec(name=port.get_any_name(), shape=shape, dtype=port.get_element_type().to_dtype().name)
+def _specs(ports: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    shapes = [tuple(side.get_length() if side.is_static else None for side in port.get_partial_shape()) for port in ports]
+    kinds = [port.get_element_type().to_dtype().name for port in ports]
+    names = [found[0] for found in port_names(ports, "input")]
+    return tuple(TensorSpec(name=n, shape=shape, dtype=kind) for n, shape, kind in zip(names, shapes, kinds, strict=True))
 
 
 # --- quantizing ---------------------------------------------------------------------------------------------------
@@ -372,13 +330,16 @@ def _read(source: onnx.ModelProto, recipe: Recipe, calibration: Calibration | No
 
 def layer_table(compiled: Any) -> tuple[Layer, ...]:  # noqa: ANN401 - openvino is untyped
     """The execution graph as the device plugin reports it, constants and the graph's ends left out."""
-    rows = (_layer(operation) for operation in compiled.get_runtime_model().get_ops())
+    hint = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    rows = (_layer(operation, hint) for operation in compiled.get_runtime_model().get_ops())
     return tuple(row for row in rows if row.operator not in {"Const", "Input", "Output"})
 
 
-def _layer(operation: Any) -> Layer:  # noqa: ANN401
+def _layer(operation: Any, hint: str) -> Layer:  # noqa: ANN401
     info = operation.rt_info
     operator, precision = info["layerType"].astype(str), info["runtimePrecision"].astype(str)
+    if hint == "f32" and precision in ("f16", "bf16"):  # as its weights are stored
+        precision = hint
     sources = (value.get_node().rt_info["layerType"].astype(str) for value in operation.input_values())
     weighted = operator in _WEIGHTED or (operator == "MatMul" and "Const" in sources)  # a stack of matrices
     return Layer(

@@ -28,7 +28,10 @@ class ReferenceSession:
     device = "numpy"
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self._evaluator = ReferenceEvaluator(model)
+        try:
+            self._evaluator = ReferenceEvaluator(model)
+        except (RuntimeError, NotImplementedError) as error:  # an operator, or a version of one, that it does not know
+            raise BuildError(f"numpy cannot evaluate the graph: {error}", "export it for a newer opset") from error
         self._outputs = [value.name for value in model.graph.output]
 
     def run(self, feeds: Feeds) -> Feeds:

@@ -78,8 +78,12 @@ def source_options(command: Callable[..., Any], many: bool = False) -> Callable[
         click.option("--recipe", help="Only this recipe."),
         click.option("--out", type=options.FOLDER, help="Where to build from an ONNX file; default: NAME.fofa beside it."),
         options.images,
-        click.option("--mean", default="0.5", callback=_numbers, help="Of an ONNX file's input, when it has no sidecar."),
-        click.option("--std", default="0.5", callback=_numbers, help="Of an ONNX file's input, when it has no sidecar."),
+        click.option(
+            "--mean", default="0.5", callback=_numbers, show_default=True, help="Of an ONNX file's input, when it has no sidecar."
+        ),
+        click.option(
+            "--std", default="0.5", callback=_numbers, show_default=True, help="Of an ONNX file's input, when it has no sidecar."
+        ),
         click.option("--pixels", is_flag=True, help="Have an ONNX file's artifacts take uint8 images (NHWC) and normalize them."),
     )
     for decorate in reversed(decorators):
@@ -97,8 +101,9 @@ def open_source(
     if source.path.is_file():
         if source.profile is None:
             raise click.UsageError("name a hardware profile with --profile (see fofa-deploy profiles)")
+        profile = find_profile(source.profile)
         with _open_onnx(source, progress, fresh) as tuner:
-            yield tuner, [find_profile(source.profile)]
+            yield tuner, [profile]
         return
     from fofa_deploy.pipeline import reopened
 

@@ -337,8 +337,9 @@ def _timm(plan: DataPlan) -> tuple[Source, Source]:
 def _check_folders(train: FileSource, test: FileSource, plan: DataPlan) -> None:
     """Each split numbers its own folders: with one missing, the names of a plan would hide that the others' numbers differ."""
     if sorted(train.folders) != sorted(test.folders):
-        odd = ", ".join(sorted({*train.folders} ^ {*test.folders})[:5])
-        raise DataError(f"training and test splits have different classes: {odd}", "give both splits the same class folders")
+        lacking = [(plan.train_split, {*test.folders} - {*train.folders}), (plan.test_split, {*train.folders} - {*test.folders})]
+        told = "; ".join(f"{split} has no images of {', '.join(sorted(names)[:5])}" for split, names in lacking if names)
+        raise DataError(f"training and test splits have different classes: {told}", "give both splits images of every class")
     alike = [names for names in _by_rank(train.folders) if len(names) > 1]
     if alike:
         raise DataError(f"the class folders {' and '.join(alike[0])} have no order: labels would change", "rename one of them")

@@ -216,9 +216,10 @@ def check_floor(plan: TeacherPlan, summary: ModelSummary, classes: int) -> None:
         TrainingError: its validation accuracy is below the plan's floor; its weights are kept.
     """
     found = summary.top1_validation or 0.0
-    floor = plan.floor_top1 if plan.floor_top1 is not None else min(3 / classes, 0.9)
+    usual = min(3 / classes, (1 + 1 / classes) / 2)
+    floor, whose = (usual, f" (the default for {classes} classes)") if plan.floor_top1 is None else (plan.floor_top1, "")
     if classes > 1 and not found >= floor:
-        problem = f"the teacher's validation accuracy is {found:.2%}, its floor {floor:.2%}"
+        problem = f"the teacher's validation accuracy is {found:.2%}, its floor {floor:.2%}{whose}"
         raise TrainingError(problem, "check its weights and the preprocessing, train it longer, or lower teacher.floor_top1")
 
 

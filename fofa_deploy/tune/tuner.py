@@ -18,6 +18,7 @@ from fofa_deploy.isolate import run_isolated
 from fofa_deploy.judge import budget_problem
 from fofa_deploy.layers import layers_of
 from fofa_deploy.measure import Candidate, measure, patient
+from fofa_deploy.mistakes import suggestion
 from fofa_deploy.progress import Progress, Quiet
 from fofa_deploy.results import Measurement, TargetRow
 from fofa_deploy.store import Store
@@ -84,9 +85,9 @@ class Tuner:
         wanted = self.settings.recipe
         recipes = asked_for(offered.recipes, wanted)
         if not recipes:
-            names = ", ".join(r.name for r in offered.recipes) or "none"
-            what = f"is named {wanted!r}" if wanted else "fits the profile's precisions"
-            return [row_of(profile, None, Status.SKIPPED, f"no recipe {what}; offered: {names}")]
+            names = [recipe.name for recipe in offered.recipes]
+            what = f"is named {wanted!r}: {suggestion(wanted, names)}" if wanted else "fits the profile's precisions"
+            return [row_of(profile, None, Status.SKIPPED, f"no recipe {what}")]
         race = self._short_race(profile) if timed else None
         rows = Search(self._bench, profile, offered.probe, race).rows(recipes)
         return rows or [row_of(profile, None, Status.FAILED, "not built yet; fofa-deploy quantize builds it")]

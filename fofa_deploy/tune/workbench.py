@@ -150,7 +150,8 @@ class Workbench:
         if not recipe.needs_calibration:
             return None
         if self.calibration is None:
-            raise DataError(f"recipe {recipe.name} needs calibration images", "give real images with --images")
+            problem = f"recipe {recipe.name} needs calibration images: of an ONNX file, give real ones with --images"
+            raise DataError(problem, "give real images with --images")
         found = Calibration(images=self.calibration / "images.npy", sidecar=self.graph.sidecar)
         for name in () if recipe.observes == "nothing" else OBSERVED:
             if name not in self.known:

@@ -41,6 +41,8 @@ def quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme) 
         DataError: an activation is NaN or infinite on a calibration image.
         BuildError: it has something that cannot be quantized.
     """
+    if _onnx.stores_half(model):
+        raise BuildError("the graph's weights are stored in 16 bits", "export it in float32 to have it in int8")
     try:
         return _quantized(model, calibration, scheme)
     except _FAULTS as error:
@@ -54,7 +56,7 @@ def _quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme)
         prepared, statistics = recover.smoothed(prepared, statistics, scheme.smoothing)
     if scheme.ranges == BEST:
         scheme = replace(scheme, ranges=best_ranges(prepared, statistics, calibration, scheme))
-    whole = [*written_out(prepared), *_onnx.stacked(prepared), *_idle_concats(prepared)]
+    whole = [*written_out(prepared), *_onnx.stacked(prepared), *_onnx.grouped_transposed(prepared), *_idle_concats(prepared)]
     in_float = [*most_sensitive(seen.errors, scheme.float_share), *whole]
     written = _write(prepared, statistics, scheme, in_float)
     if scheme.learned_rounding or scheme.bias_correction:
