@@ -126,7 +126,9 @@ def _derived(model: onnx.ModelProto, file: Path, preparation: Preparation) -> Si
         raise GraphError(f"{file} has dynamic sides or channels: {shapes[0]}", "fix all but the batch axis when exporting")
     dtype = _DTYPES.get(inputs[0].type.tensor_type.elem_type)
     if dtype is None:
-        raise GraphError(f"{file} takes images in neither float32 nor uint8", "export it in float32, or in uint8 for pixels")
+        names = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
+        told = names.get(inputs[0].type.tensor_type.elem_type, "a type that is none")
+        raise GraphError(f"{file} takes images in {told}", "export it in float32, or in uint8 for pixels")
     try:
         plan = DataPlan(
             name="images",

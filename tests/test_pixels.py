@@ -213,6 +213,11 @@ def test_a_ready_made_file_says_itself_how_it_takes_images(tmp_path, shape, kind
 def test_a_ready_made_file_of_another_type_is_refused(tmp_path):
     with pytest.raises(GraphError, match="takes images in float16"):
         read_sidecar(tiny_file(tmp_path, ("batch", 1, 4, 4), onnx.TensorProto.FLOAT16), Preparation())
+    model = onnx.load(tmp_path / "model.onnx")
+    model.graph.input[0].type.tensor_type.elem_type = 99
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(GraphError, match="takes images in a type that is none"):
+        read_sidecar(tmp_path / "model.onnx", Preparation())
 
 
 def tiny_file(folder: Path, shape: tuple[str | int, ...], kind: int) -> Path:

@@ -16,7 +16,7 @@ from fofa_deploy import environment
 from fofa_deploy.backend import get_backend
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan
 from fofa_deploy.errors import BackendError, FofaError
-from fofa_deploy.measure import runs_for
+from fofa_deploy.measure import patient, runs_for
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Quiet
 from fofa_deploy.select import speed
@@ -225,7 +225,7 @@ def test_a_limit_on_p90_has_those_measured_again_that_had_too_few_runs_for_one(o
 def test_whoever_may_keep_the_limit_is_given_the_time_for_a_p90(opened, tmp_path):
     benches, table = opened("run", "good"), LatencyTable(tmp_path / "aid")
     longest = {
-        limit: Stopwatch(within(benches, p90_ms=limit), PROFILE, table)._patient(SETTINGS).measure.max_seconds
+        limit: patient(SETTINGS.measure, *Stopwatch(within(benches, p90_ms=limit), PROFILE, table)._limits).max_seconds
         for limit in (None, 1.0, 100.0)
     }
     assert longest == {None: QUICK.max_seconds, 1.0: QUICK.max_seconds, 100.0: runs_for(0.9) * 0.1}
