@@ -215,6 +215,7 @@ def _grid(subject: Subject, wish: Wish, settings: Settings) -> Iterator[tuple[Ar
 
 
 MOST_NUMBERS = 1 << 30
+"""Of an input made of noise: what a mistyped shape asks for would fill the memory."""
 
 
 def noise(subject: Subject, batch: int, shapes: Mapping[str, Shape], seed: int) -> Arrays:

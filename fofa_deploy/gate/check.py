@@ -264,10 +264,9 @@ class Check:
             yield Finding(target=pair.target, metric="run", verdict=Verdict.FAIL, reason=reason)
             return
         if target.away:
-            action = "check it there" + f", with --profile of a profile named {pair.target} without a host" * bool(
-                pair.profile.device.host
-            )
-            yield Finding(target=pair.target, metric="device", verdict=Verdict.INCONCLUSIVE, reason=f"{target.away}: {action}")
+            how = f", with --profile of a profile named {pair.target} without a host" if pair.profile.device.host else ""
+            reason = f"{target.away}: check it there{how}"
+            yield Finding(target=pair.target, metric="device", verdict=Verdict.INCONCLUSIVE, reason=reason)
         else:
             yield from self._judge_accuracy(target, figures.accuracy)
             yield from self._judge_latency(target)

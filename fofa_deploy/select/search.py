@@ -112,8 +112,7 @@ class Selector:
     def _climbed(self, candidates: Sequence[Candidate]) -> dict[str, Curve]:
         """What a training showed of everybody, or what is known of the ready ones."""
         ready = {one.name: Curve(points=(self._reached(),)) for one in candidates if one.ready}
-        climbing = [one for one in candidates if not one.ready]
-        return (self.halving.climb(climbing, rival=bool(ready)) if climbing else {}) | ready
+        return self.halving.climb([one for one in candidates if not one.ready], rival=bool(ready)) | ready
 
     def _reached(self) -> Point:
         assert self.halving.taught_by, "it is a candidate"

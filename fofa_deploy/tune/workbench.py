@@ -151,7 +151,7 @@ class Workbench:
             return None
         if self.calibration is None:
             problem = f"recipe {recipe.name} needs calibration images: of an ONNX file, give real ones with --images"
-            raise DataError(problem, "give real images with --images")
+            raise DataError(problem, "or ask for a recipe that needs none")  # a row has room for the problem alone
         found = Calibration(images=self.calibration / "images.npy", sidecar=self.graph.sidecar)
         for name in () if recipe.observes == "nothing" else OBSERVED:
             if name not in self.known:
