@@ -16,7 +16,6 @@ from fofa_deploy.profile import is_path
 from fofa_deploy.schema import expanded, read_tables, validate
 from fofa_deploy.training import FEATURE_TERMS as FEATURE_TERMS
 from fofa_deploy.training import LOGIT_TERMS as LOGIT_TERMS
-from fofa_deploy.training import MAP_TERMS as MAP_TERMS
 from fofa_deploy.training import DistillPlan as DistillPlan
 from fofa_deploy.training import FofaPlan as FofaPlan
 from fofa_deploy.training import ModelPlan as ModelPlan

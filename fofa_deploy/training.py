@@ -189,6 +189,11 @@ class DistillPlan(TrainPlan):
     fofa: FofaPlan = FofaPlan()
 
     @property
+    def compares_maps(self) -> bool:
+        """Whether a term takes features from inside of the networks."""
+        return not set(self.terms).isdisjoint(MAP_TERMS)
+
+    @property
     def terms(self) -> tuple[str, ...]:
         """What is learned from the teacher, by name; empty for method ``none``."""
         parts = [part.strip() for part in self.method.split("+") if part.strip() != "none"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fofa_deploy.config import LOGIT_TERMS, MAP_TERMS, DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
+from fofa_deploy.config import LOGIT_TERMS, DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
 from fofa_deploy.data import Data, Split, eval_batches, preprocessing
 from fofa_deploy.distill import parallel
 from fofa_deploy.distill.affinity import affinity
@@ -127,7 +127,7 @@ class Workshop:
         try:
             student, teacher = (self._tapped(self.load(p, f), p, method.fofa.stages) for p, f in pair)
         except ModelError:
-            if set(method.terms) & set(MAP_TERMS):
+            if method.compares_maps:
                 raise
             return None  # such methods learn without
         images, shown = (self.seen_by(p).validation for p, _ in pair)
@@ -138,7 +138,7 @@ class Workshop:
         return (normalize(torch.from_numpy(images)) for images, _ in eval_batches(split, CALIBRATION_BATCH))
 
     def _objective(self, model: nn.Module, plan: ModelPlan, method: DistillPlan, taught_by: Taught | None = None) -> Objective:
-        stages = method.fofa.stages if set(method.terms) & set(MAP_TERMS) else 0
+        stages = method.fofa.stages if method.compares_maps else 0
         student = self._tapped(model, plan, stages)
         if taught_by is None:
             return Objective(student, None, method)
