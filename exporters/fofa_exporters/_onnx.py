@@ -200,6 +200,15 @@ def is_convolutional(model: onnx.ModelProto) -> bool:
     return 2 * sum(node.op_type in CONVOLUTIONS for node in layers) >= len(layers)
 
 
+def gates_itself(model: onnx.ModelProto) -> bool:
+    """Whether an activation multiplies its input by a function of it, as SiLU and hard swish do."""
+    gates = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in {"HardSigmoid", "Sigmoid", "Tanh"}}
+    return any(
+        node.op_type == "HardSwish" or (node.op_type == "Mul" and any(gates.get(name) in node.input for name in node.input))
+        for node in model.graph.node
+    )
+
+
 def is_older(model: onnx.ModelProto, opset: int) -> bool:
     """Whether it is written in standard operators from before ``opset``."""
     return any(used.domain in DOMAINS and used.version < opset for used in model.opset_import)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper, shape_inference
+
+from fofa_exporters import _onnx
+
+_HARD_SWISH = 14
+"""The first opset that has it."""
 
 
 def expand_col2im(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -62,6 +68,101 @@ def flatten_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
     sides = _sides(model)
     sized = [gather for gather in gathers if all(sides.get(gather.output[0], [0, 0])[1:])]
     return _replaced(model, {n.output[0]: _listed(n, known[n.input[1]], sides[n.output[0]]) for n in sized})
+
+
+def pool_globally(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``ReduceMean`` over height and width as ``GlobalAveragePool``, which onnxruntime 1.32 has in int8; of a mean it has a float
+    kernel alone, and copies to it and from it."""
+    known, means = _constants(model), [node for node in model.graph.node if node.op_type == "ReduceMean"]
+    if not means:
+        return model
+    maps = {name for name, sides in _sides(model).items() if len(sides) == 4}
+    found = {node.output[0]: _pooled(node) for node in means if node.input[0] in maps and _axes(node, known) in ([2, 3], [-2, -1])}
+    return _replaced(model, found)
+
+
+def _axes(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> list[int]:
+    """An attribute of old, an input since opset 18; none where it is not constant."""
+    if len(node.input) > 1:
+        return sorted(map(int, known.get(node.input[1], np.zeros(0)).ravel()))
+    return sorted(next((attribute.ints for attribute in node.attribute if attribute.name == "axes"), []))
+
+
+def _pooled(node: onnx.NodeProto) -> Replacement:
+    name, kept = node.output[0], next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
+    pooled = helper.make_node("GlobalAveragePool", node.input[:1], [name if kept else f"{name}.map"], node.name)
+    flat = helper.make_node("Flatten", [f"{name}.map"], [name], f"{node.name}.flatten")
+    return [], [pooled] if kept else [pooled, flat]
+
+
+def saturate_gates(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``HardSigmoid`` between Q/DQ pairs as an addition: ``QuantizeLinear`` clips it for nothing.
+
+    clip(a x + b, 0, 1) is a clip(x + b/a, 0, 1/a): a sum stored in steps of 1/(255 a) and read in steps of 1/255. onnxruntime 1.32
+    has no ``HardSigmoid`` in int8, and adds in it.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in model.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    unsigned = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.UINT8}
+    outputs = {value.name for value in model.graph.output}
+    found: dict[str, Replacement] = {}
+    for gate in model.graph.node:
+        if gate.op_type != "HardSigmoid" or gate.input[0] not in dequantized or gate.output[0] in outputs:
+            continue
+        behind = readers[gate.output[0]]
+        if [node.op_type for node in behind] == ["QuantizeLinear"] and unsigned.issuperset(behind[0].input[2:]):
+            found |= _saturated(gate, behind[0], readers[behind[0].output[0]])
+    return _replaced(model, found)
+
+
+def _saturated(gate: onnx.NodeProto, pair: onnx.NodeProto, behind: list[onnx.NodeProto]) -> dict[str, Replacement]:
+    told = {"alpha": 0.2, "beta": 0.5} | {attribute.name: attribute.f for attribute in gate.attribute}
+    slope, offset, name = told["alpha"], told["beta"], gate.output[0]
+    if slope <= 0 or offset <= 0 or any(node.op_type != "DequantizeLinear" for node in behind):
+        return {}
+    scales = {"term.scale": offset / slope / 255, "sum.scale": 1 / slope / 255, "scale": 1 / 255}
+    stored = {part: np.array(value, np.float32) for part, value in scales.items()}
+    stored |= {"term": np.array(255, np.uint8), "zero": np.array(0, np.uint8)}
+    term, term_scale, sum_scale, scale, zero, real = (
+        f"{name}.{part}" for part in ("term", "term.scale", "sum.scale", "scale", "zero", "term.real")
+    )
+    added = [
+        helper.make_node("DequantizeLinear", [term, term_scale, zero], [real], f"{gate.name}.term"),
+        helper.make_node("Add", [gate.input[0], real], [name], gate.name),
+    ]
+    tensors = [numpy_helper.from_array(value, f"{name}.{part}") for part, value in stored.items()]
+    written = helper.make_node("QuantizeLinear", [name, sum_scale, zero], pair.output, pair.name)
+    read: dict[str, Replacement] = {
+        node.output[0]: ([], [helper.make_node("DequantizeLinear", [pair.output[0], scale, zero], node.output, node.name)])
+        for node in behind
+    }
+    return {name: (tensors, added), pair.output[0]: ([], [written]), **read}
+
+
+def join_hard_swish(model: onnx.ModelProto) -> onnx.ModelProto:
+    """x * HardSigmoid(x) as ``HardSwish``: onnxruntime's optimizer takes it apart, and OpenVINO does a whole one with the
+    convolution before it."""
+    if _onnx.is_older(model, _HARD_SWISH):
+        return model
+    gates = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "HardSigmoid" and _is_sixth(node)}
+    readers = Counter(name for node in model.graph.node for name in node.input)
+    found: dict[str, Replacement] = {}
+    for node in model.graph.node:
+        for x, gate in (node.input, [*node.input][::-1]) if node.op_type == "Mul" else ():
+            if gates.get(gate) == x:
+                found[node.output[0]] = [], [helper.make_node("HardSwish", [x], node.output, node.name)]
+                readers[gate] -= 1
+    outputs = {value.name for value in model.graph.output}
+    idle: dict[str, Replacement] = {gate: ([], []) for gate in gates if not readers[gate] and gate not in outputs}
+    return _replaced(model, found | idle)
+
+
+def _is_sixth(gate: onnx.NodeProto) -> bool:
+    told = {attribute.name: attribute.f for attribute in gate.attribute}
+    return math.isclose(told.get("alpha", 0.2), 1 / 6, rel_tol=1e-6) and math.isclose(told.get("beta", 0.5), 0.5, rel_tol=1e-6)
 
 
 def absorb_endless_pads(model: onnx.ModelProto) -> onnx.ModelProto:

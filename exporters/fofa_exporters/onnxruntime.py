@@ -38,6 +38,7 @@ from fofa_exporters import _device, _kernels, _onnx, _typed
 from fofa_exporters._fused import fused
 from fofa_exporters._onnxruntime_recipes import CUDA, FP32, on_cpu
 from fofa_exporters._quantization import Scheme, prepare, quantized, require_calibration
+from fofa_exporters._rewrite import saturate_gates
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "gpu": "CUDAExecutionProvider"}
 REFUSALS: tuple[type[Exception], ...] = (
@@ -151,7 +152,7 @@ def _write_fused(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibrati
 
 
 def _write_static(graph: Graph, model: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None, main: Path) -> None:
-    written = quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe))
+    written = saturate_gates(quantized(model, require_calibration(recipe, calibration), Scheme.of(recipe)))
     onnx.save(fused(written) if recipe.options.get("fused") else written, main)
 
 

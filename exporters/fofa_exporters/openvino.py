@@ -34,11 +34,12 @@ from fofa_deploy.types import (
 )
 from fofa_exporters import _device, _onnx
 from fofa_exporters._device import Products
+from fofa_exporters._fused import written_out
 from fofa_exporters._nncf import nncf_quantized
 from fofa_exporters._openvino_session import OpenVinoSession, port_names
 from fofa_exporters._quantization import Scheme, quantized, require_calibration
 from fofa_exporters._quantization.recipes import SMOOTHING, grown
-from fofa_exporters._rewrite import flatten_gathers, flatten_scales
+from fofa_exporters._rewrite import flatten_gathers, flatten_scales, join_hard_swish
 from fofa_exporters._words import telling
 
 HINTS = {Precision.FP32: ov.Type.f32, Precision.BF16: ov.Type.bf16, Precision.FP16: ov.Type.f16}
@@ -69,7 +70,7 @@ class OpenVinoBackend:
     def recipes(self, profile: HardwareProfile, graph: Graph) -> Sequence[Recipe]:
         """The device's own capabilities decide about bf16 and f16; where it is not here, only f32 and int8 are sure."""
         floats = [recipe for recipe in (BF16, FP16, FP32) if recipe.precision in _capabilities(profile.device.name)]
-        offered = [*_int8(profile, _onnx.is_transformer(_onnx.read(graph)), floats), *floats]
+        offered = [*_int8(profile, _onnx.read(graph), floats), *floats]
         return [_on(recipe, profile.device.name) for recipe in offered if recipe.precision in profile.precisions]
 
     def build(self, graph: Graph, recipe: Recipe, calibration: Calibration | None, out: Path) -> Artifact:
@@ -130,11 +131,16 @@ FP16 = _float("fp16", Precision.FP16)
 FP32 = _float("fp32", Precision.FP32)
 
 
-def _int8(profile: HardwareProfile, transformer: bool, floats: Sequence[Recipe]) -> list[Recipe]:
+def _int8(profile: HardwareProfile, model: onnx.ModelProto, floats: Sequence[Recipe]) -> list[Recipe]:
     """NNCF's presets and our own pairs, on top of each float of the device; seven-bit weights where products saturate.
 
     Which float is faster is to be measured: a processor that multiplies bf16 without tiles may be slower in it than in fp32.
+    So is which placement of pairs: OpenVINO does a SiLU with the convolution before it unless there is a pair between, and an
+    addition in int8 only where there is one.
     """
+    transformer = _onnx.is_transformer(model)
+    curved = not transformer and (_onnx.gates_itself(model) or bool(written_out(model)))
+    placements = {"-weighted-only": True, "": False} if curved else {"": transformer}
     exact = profile.device.kind != "cpu" or _device.products(profile) is Products.EXACT
     smoothing = SMOOTHING if transformer else 0.0
     rests = [recipe.precision for recipe in floats if recipe.precision in profile.precisions] or [Precision.FP32]
@@ -143,18 +149,18 @@ def _int8(profile: HardwareProfile, transformer: bool, floats: Sequence[Recipe])
     found: list[Recipe] = []
     for rest in rests or [Precision.FP32]:
         safe = [] if exact else [_nncf(rest, transformer=transformer, seven_bit_weights=True)]
-        pairs = grown([_pairs(rest, transformer, seven_bit_weights=not exact)], smoothing=smoothing)
-        found += [*safe, _nncf(rest, transformer=transformer), *pairs]
+        pairs = [_pairs(rest, name, weighted_only=only, seven_bit_weights=not exact) for name, only in placements.items()]
+        found += [*safe, _nncf(rest, transformer=transformer), *grown(pairs, smoothing=smoothing)]
     controlled, mixed = _on_request({"transformer": transformer, **({} if exact else {"seven_bit_weights": True})})
     return [*found, controlled, *([] if transformer else [mixed])]
 
 
-def _pairs(rest: Precision, transformer: bool, *, seven_bit_weights: bool) -> Recipe:
-    """Q/DQ pairs in ONNX, which OpenVINO lowers itself; of a transformer, around the products with constant weights alone."""
-    options: dict[str, Scalar] = {"weighted_only": True, "float_outputs": True} if transformer else {}
+def _pairs(rest: Precision, suffix: str, *, weighted_only: bool, seven_bit_weights: bool) -> Recipe:
+    """Q/DQ pairs in ONNX, which OpenVINO lowers itself: around all that runs in int8, or what convolutions and products read."""
+    options: dict[str, Scalar] = {"weighted_only": True, "float_outputs": True} if weighted_only else {}
     width = "seven" if seven_bit_weights else "eight"
     return Recipe(
-        name=_resting("int8-qdq-u8s7" if seven_bit_weights else "int8-qdq-u8s8", rest),
+        name=_resting(("int8-qdq-u8s7" if seven_bit_weights else "int8-qdq-u8s8") + suffix, rest),
         precision=Precision.INT8,
         description=f"u8 activations, {width}-bit weights per channel, Q/DQ, rest {rest}",
         needs_calibration=True,
@@ -315,12 +321,13 @@ def _read(source: onnx.ModelProto, recipe: Recipe, calibration: Calibration | No
     """The graph as OpenVINO's model, quantized where the recipe says so."""
     pairs = recipe.options.get("method") == "qdq"
     if pairs:
-        source = flatten_gathers(quantized(source, require_calibration(recipe, calibration), Scheme.of(recipe)))
-    written = flatten_scales(source).SerializeToString()
+        written = quantized(source, require_calibration(recipe, calibration), Scheme.of(recipe))
+        source = flatten_gathers(join_hard_swish(written))
+    data = flatten_scales(source).SerializeToString()
     if pairs or recipe.precision is not Precision.INT8:
-        return _core().read_model(written)
+        return _core().read_model(data)
     # Conversion folds the reshaping of depthwise weights; NNCF's steps before one that is left would keep those layers in float.
-    model = ov.convert_model(io.BytesIO(written))
+    model = ov.convert_model(io.BytesIO(data))
     compiled = partial(_core().compile_model, model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return nncf_quantized(model, recipe, require_calibration(recipe, calibration), compiled)
 

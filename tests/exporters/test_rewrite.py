@@ -16,6 +16,9 @@ from fofa_exporters._rewrite import (
     expand_col2im,
     flatten_gathers,
     flatten_scales,
+    join_hard_swish,
+    pool_globally,
+    saturate_gates,
 )
 
 CHANNELS = 3
@@ -227,3 +230,137 @@ def test_only_a_clip_that_lets_all_pass_is_dropped(bounds, operator):
     rewritten = drop_endless_clips(model)
     onnx.checker.check_model(rewritten, full_check=True)
     assert [node.op_type for node in rewritten.graph.node] == [operator]
+
+
+def _graph(nodes: list[onnx.NodeProto], stored: dict[str, np.ndarray], target: list[object], opset: int = 18) -> onnx.ModelProto:
+    """Maps (2,3,6,4) -> out."""
+    make = helper.make_tensor_value_info
+    ends = make("maps", onnx.TensorProto.FLOAT, [2, 3, 6, 4]), make("out", onnx.TensorProto.FLOAT, target)
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+
+MAPS = 6 * np.random.default_rng(0).standard_normal((2, 3, 6, 4)).astype(np.float32)
+
+
+def _run(model: onnx.ModelProto) -> np.ndarray:
+    onnx.checker.check_model(model, full_check=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, {"maps": MAPS})[0]
+
+
+def _mean(axes: list[int], opset: int, keepdims: int) -> onnx.ModelProto:
+    """The mean of positive maps."""
+    told = {"axes": axes} if opset < 18 else {}
+    nodes = [
+        helper.make_node("Abs", ["maps"], ["positive"], name="first"),
+        helper.make_node("ReduceMean", ["positive", *([] if told else ["axes"])], ["out"], "mean", keepdims=keepdims, **told),
+    ]
+    kept = [side for axis, side in enumerate([2, 3, 6, 4]) if axis not in [a % 4 for a in axes]]
+    target = [1 if axis in [a % 4 for a in axes] else side for axis, side in enumerate([2, 3, 6, 4])] if keepdims else kept
+    return _graph(nodes, {} if told else {"axes": np.array(axes, np.int64)}, target, opset)
+
+
+@pytest.mark.parametrize("axes", [[2, 3], [-1, -2], [3, 2]])
+@pytest.mark.parametrize("opset", [13, 18])
+@pytest.mark.parametrize("keepdims", [1, 0])
+def test_a_mean_of_all_places_becomes_a_pool(axes, opset, keepdims):
+    model = _mean(axes, opset, keepdims)
+    rewritten = pool_globally(model)
+    assert [node.op_type for node in rewritten.graph.node][1] == "GlobalAveragePool"
+    np.testing.assert_allclose(_run(rewritten), _run(model), rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [[1], [1, 2], [3], [2]])
+def test_means_of_other_axes_stay(axes):
+    model = _mean(axes, 18, 1)
+    assert pool_globally(model) is model
+
+
+def test_a_mean_of_something_else_than_maps_stays():
+    nodes = [
+        helper.make_node("Reshape", ["maps", "shape"], ["volume"], name="first"),
+        helper.make_node("ReduceMean", ["volume", "axes"], ["out"], name="mean"),
+    ]
+    model = _graph(nodes, {"shape": np.array([2, 3, 6, 2, 2]), "axes": np.array([2, 3])}, [2, 3, 1, 1, 2])
+    assert pool_globally(model) is model
+
+
+def _gate(zero: np.generic, **slope: float) -> onnx.ModelProto:
+    """HardSigmoid between two pairs."""
+    nodes = [
+        helper.make_node("QuantizeLinear", ["maps", "step", "middle"], ["stored"], "q"),
+        helper.make_node("DequantizeLinear", ["stored", "step", "middle"], ["read"], "dq"),
+        helper.make_node("HardSigmoid", ["read"], ["gate"], "gate", **slope),
+        helper.make_node("QuantizeLinear", ["gate", "small", "zero"], ["gate.stored"], "gate.q"),
+        helper.make_node("DequantizeLinear", ["gate.stored", "small", "zero"], ["out"], "gate.dq"),
+    ]
+    steps = {"step": np.float32(0.1), "middle": np.uint8(128), "small": np.float32(1 / 127), "zero": zero}
+    return _graph(nodes, steps, [2, 3, 6, 4])
+
+
+@pytest.mark.parametrize("slope", [{}, {"alpha": 1 / 6, "beta": 0.5}, {"alpha": 0.5, "beta": 0.1}])
+def test_a_gate_between_pairs_becomes_an_addition_in_int8(slope, tmp_path):
+    model = _gate(np.uint8(0), **slope)
+    rewritten = saturate_gates(model)
+    assert "HardSigmoid" not in {node.op_type for node in rewritten.graph.node}
+    read = 0.1 * np.clip(np.round(MAPS / 0.1), -128, 127)
+    exact = np.clip(slope.get("alpha", 0.2) * read + slope.get("beta", 0.5), 0, 1)
+    np.testing.assert_allclose(_run(rewritten), exact, atol=0.5 / 255 + 1e-5)  # half a step, and the steps are finer than before
+    assert 0 < (exact == 0).mean() < 1
+    assert 0 < (exact == 1).mean() < 1
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(rewritten.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    assert "QLinearAdd" in {node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda nodes: nodes[2].input.__setitem__(0, "maps"), id="of a float"),
+        pytest.param(lambda nodes: nodes.append(helper.make_node("Relu", ["gate"], ["other"])), id="read in float, too"),
+        pytest.param(lambda nodes: nodes.append(helper.make_node("Cast", ["gate.stored"], ["other"], to=6)), id="read as integers"),
+        pytest.param(lambda nodes: nodes[2].attribute.append(helper.make_attribute("beta", -0.5)), id="of a negative offset"),
+    ],
+)
+def test_other_gates_stay(change):
+    model = _gate(np.uint8(0))
+    change(model.graph.node)
+    assert saturate_gates(model) is model
+
+
+def test_a_signed_gate_stays():
+    model = _gate(np.int8(0))
+    assert saturate_gates(model) is model
+
+
+def _swish(first: int, **slope: float) -> onnx.ModelProto:
+    nodes = [
+        helper.make_node("HardSigmoid", ["maps"], ["gate"], "gate", **slope),
+        helper.make_node("Mul", ["maps", "gate"] if first == 0 else ["gate", "maps"], ["out"], "product"),
+    ]
+    return _graph(nodes, {}, [2, 3, 6, 4])
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_hard_swish_is_put_together_again(first):
+    model = _swish(first, alpha=1 / 6, beta=0.5)
+    rewritten = join_hard_swish(model)
+    assert [node.op_type for node in rewritten.graph.node] == ["HardSwish"]
+    np.testing.assert_allclose(_run(rewritten), _run(model), atol=1e-5)
+
+
+def test_a_gate_that_others_read_is_kept():
+    model = _swish(0, alpha=1 / 6, beta=0.5)
+    model.graph.node.append(helper.make_node("Relu", ["gate"], ["other"], "other"))
+    assert [node.op_type for node in join_hard_swish(model).graph.node] == ["HardSigmoid", "HardSwish", "Relu"]
+
+
+def test_other_slopes_and_old_graphs_are_no_hard_swish():
+    slow, old = _swish(0), _swish(0, alpha=1 / 6, beta=0.5)
+    old.opset_import[0].version = 13
+    assert join_hard_swish(slow) is slow
+    assert join_hard_swish(old) is old

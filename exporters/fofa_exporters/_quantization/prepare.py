@@ -9,7 +9,7 @@ import onnx
 
 from fofa_exporters import _onnx
 from fofa_exporters._normal import normalized
-from fofa_exporters._rewrite import absorb_endless_pads, drop_endless_clips
+from fofa_exporters._rewrite import absorb_endless_pads, drop_endless_clips, pool_globally
 
 PER_CHANNEL = 13
 """The first opset whose Q/DQ pairs have an axis."""
@@ -24,7 +24,7 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
         onnx.save(_recent(model), source)  # a model given in memory is cut into external files, which onnxruntime then cannot read
         # Symbolic inference needs sympy and gives up on some ViTs; plain inference annotates every tensor of both kinds here.
         quant_pre_process(source, target, skip_symbolic_shape=True)
-        return normalized(drop_endless_clips(absorb_endless_pads(onnx.load(target))))
+        return normalized(pool_globally(drop_endless_clips(absorb_endless_pads(onnx.load(target)))))
 
 
 def _recent(model: onnx.ModelProto) -> onnx.ModelProto:

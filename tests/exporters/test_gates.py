@@ -1,0 +1,78 @@
+"""Networks whose activations gate themselves (SiLU, hard swish), and whose channels are gated: int8 without floats in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+from torch import nn
+
+from exporters.conftest import Captured, _capture, profile_for, recipe_named, run_in_batches
+from fofa_deploy.backend import get_backend
+from fofa_deploy.types import Artifact, Precision
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "hard": lambda: timm.create_model("mobilenetv3_small_050", num_classes=10),
+    "silu": lambda: timm.create_model("test_efficientnet", num_classes=10),
+}
+NAMES = list(NETWORKS)
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory) -> dict[str, Captured]:
+    root = tmp_path_factory.mktemp("gated")
+    for name in NETWORKS:
+        (root / name).mkdir()
+    return {name: _capture(make, root / name) for name, make in NETWORKS.items()}
+
+
+def _built(backend_name: str, found: Captured, recipe_name: str, out: Path) -> Artifact:
+    backend, profile = get_backend(backend_name), profile_for(backend_name)
+    artifact = backend.build(found.graph, recipe_named(backend, profile, found.graph, recipe_name), found.calibration, out)
+    with backend.load(artifact, profile) as session:
+        logits = run_in_batches(session, found.inputs, 8)
+    error = np.abs(logits - found.logits).mean() / np.abs(found.logits).mean()
+    assert error < 0.35, f"{recipe_name}: {error}"
+    return artifact
+
+
+def _first(backend_name: str, found: Captured, start: str) -> str:
+    recipes = get_backend(backend_name).recipes(profile_for(backend_name), found.graph)
+    return next(recipe.name for recipe in recipes if recipe.name.startswith(start))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_onnxruntime_pools_and_gates_in_int8(networks, name, tmp_path):
+    found = networks[name]
+    artifact = _built("onnxruntime", found, _first("onnxruntime", found, "int8-"), tmp_path)
+    kernels = {layer.operator for layer in artifact.layers}
+    assert "QLinearGlobalAveragePool" in kernels
+    assert not kernels & {"HardSigmoid", "ReduceMean", "Sigmoid"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_openvino_does_an_activation_with_its_convolution(networks, name, tmp_path):
+    """In the placement that leaves the outputs of convolutions in float: nothing runs by itself but gates of channels."""
+    found = networks[name]
+    artifact = _built("openvino", found, _first("openvino", found, "int8-qdq"), tmp_path)
+    assert "-weighted-only" in artifact.recipe.name
+    assert {layer.precision for layer in artifact.layers if layer.weighted} == {Precision.INT8}
+    gates = sum("SqueezeExcite" in kind for kind in map(_kind, NETWORKS[name]().modules()))
+    assert sum(layer.operator == "Math" for layer in artifact.layers) <= gates
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def test_placements_are_offered_where_they_differ(networks, captured):
+    def pairs(found: Captured) -> set[bool]:
+        recipes = get_backend("openvino").recipes(profile_for("openvino"), found.graph)
+        return {bool(recipe.options.get("weighted_only")) for recipe in recipes if recipe.options.get("method") == "qdq"}
+
+    assert pairs(networks["hard"]) == pairs(networks["silu"]) == {True, False}
+    assert pairs(captured["cnn"]) == {False}
+    assert pairs(captured["vit"]) == {True}
