@@ -23,8 +23,9 @@ from fofa_deploy.distill.inputs import pruned_inputs, taught_inputs
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_notices, read_summary, retraining
 from fofa_deploy.errors import BackendError, PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
+from fofa_deploy.lookup import look_up, profiles_of
 from fofa_deploy.measure import Candidate
-from fofa_deploy.models import code_identity, find_model
+from fofa_deploy.models import code_identity
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Progress, Quiet
 from fofa_deploy.recorded import PLAN, record_plan, recorded_plan
@@ -34,7 +35,7 @@ from fofa_deploy.report import write_report
 from fofa_deploy.report.elsewhere import kept
 from fofa_deploy.results import Comparison, DataSummary, RunReport, TargetRow
 from fofa_deploy.select.apart import settled
-from fofa_deploy.select.candidates import code_of, models_of
+from fofa_deploy.select.candidates import code_of
 from fofa_deploy.select.record import Selection
 from fofa_deploy.select.search import select_student
 from fofa_deploy.store import Store
@@ -61,12 +62,7 @@ class Run:
         self._made: dict[str, Path] = {}
         self.notices: list[str] = []
         self.selection: Selection | None = None
-        self.profiles = [find_profile(name) for name in plan.targets]
-        if len({profile.name for profile in self.profiles}) < len(self.profiles):
-            raise PlanError("two targets have the same name", "list each profile once, and give copies a name of their own")
-        if not stored:
-            for model in models_of(plan, self.profiles[0]):
-                find_model(model)
+        self.profiles = profiles_of(plan) if stored else look_up(plan)
 
     def _stage(
         self, stage: str, inputs: Callable[[], Mapping[str, object]], work: Callable[[Path], None], *, resumable: bool = False

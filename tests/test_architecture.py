@@ -29,8 +29,9 @@ ORDER = """
     distill capture tune gate
     files
     remote recovery
-    select
-    adopt pipeline
+    select adopt
+    lookup
+    pipeline
     cli
 """
 LINES = [line.split() for line in ORDER.strip().splitlines()]
@@ -163,7 +164,7 @@ def test_every_exporter_is_looked_at():
     assert modules("fofa_exporters").keys() == RUNTIMES.keys() | {"__init__"}
 
 
-@pytest.mark.parametrize("name", [name for name in RANK if name not in TORCH | {"adopt", "pipeline", "cli"}])
+@pytest.mark.parametrize("name", [name for name in RANK if name not in TORCH | {"adopt", "lookup", "pipeline", "cli"}])
 def test_importing_a_part_without_a_star_loads_no_framework(name):
     code = f"import sys, fofa_deploy.{name}; print({FRAMEWORKS} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -319,17 +319,17 @@ def _specs(ports: Sequence[Any]) -> tuple[TensorSpec, ...]:
 
 def _read(source: onnx.ModelProto, recipe: Recipe, calibration: Calibration | None) -> Any:  # noqa: ANN401 - openvino is untyped
     """The graph as OpenVINO's model, quantized where the recipe says so."""
-    pairs = recipe.options.get("method") == "qdq"
+    if recipe.precision is not Precision.INT8:
+        return _core().read_model(flatten_scales(source).SerializeToString())
+    calibration = require_calibration(recipe, calibration)
+    if pairs := recipe.options.get("method") == "qdq":
+        source = flatten_gathers(join_hard_swish(quantized(source, calibration, Scheme.of(recipe))))
+    # Conversion folds what shapes weights: NNCF would keep depthwise layers in float, and pairs would be most of the model's text.
+    model = ov.convert_model(io.BytesIO(flatten_scales(source).SerializeToString()))
     if pairs:
-        written = quantized(source, require_calibration(recipe, calibration), Scheme.of(recipe))
-        source = flatten_gathers(join_hard_swish(written))
-    data = flatten_scales(source).SerializeToString()
-    if pairs or recipe.precision is not Precision.INT8:
-        return _core().read_model(data)
-    # Conversion folds the reshaping of depthwise weights; NNCF's steps before one that is left would keep those layers in float.
-    model = ov.convert_model(io.BytesIO(data))
+        return model
     compiled = partial(_core().compile_model, model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    return nncf_quantized(model, recipe, require_calibration(recipe, calibration), compiled)
+    return nncf_quantized(model, recipe, calibration, compiled)
 
 
 # --- what really runs ---------------------------------------------------------------------------------------------

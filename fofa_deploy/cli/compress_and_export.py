@@ -14,7 +14,7 @@ from fofa_deploy.cli import options, tell
 @click.argument("plan")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Run directory; run again to resume.")
 @options.overrides
-@click.option("--dry-run", is_flag=True, help="Print the resolved plan and stop.")
+@click.option("--dry-run", is_flag=True, help="Look up all that the plan names, print it resolved, and stop.")
 @options.force
 @options.quiet
 def command(plan: str, out: Path | None, overrides: tuple[str, ...], dry_run: bool, force: bool, quiet: bool) -> None:
@@ -23,6 +23,9 @@ def command(plan: str, out: Path | None, overrides: tuple[str, ...], dry_run: bo
 
     resolved = load_plan(plan, overrides)
     if dry_run:
+        from fofa_deploy.lookup import look_up
+
+        look_up(resolved)
         click.echo(resolved.model_dump_json(indent=2))
         return
     if out is None:

@@ -1,0 +1,75 @@
+"""All that a plan names is looked up before anything is done, and all that is missing is told at once."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import run_cli
+
+from fofa_deploy.config import RunPlan
+from fofa_deploy.errors import ModelError, PlanError, UserError
+from fofa_deploy.lookup import look_up, profiles_of
+
+DATA = {"name": "digits", "image_size": (16, 16), "channels": 1}
+TRAINED = {"model": "timm:resnet10t", "fit": {"epochs": 1}}
+
+
+def _plan(**changes: object) -> RunPlan:
+    plain = {
+        "name": "p", "targets": ["cpu-onnxruntime"], "data": DATA, "student": {"model": "timm:resnet10t"},
+        "teacher": TRAINED, "distill": {"epochs": 1},
+    }  # fmt: skip
+    return RunPlan.model_validate(plain | changes)
+
+
+def test_profiles_come_in_the_order_of_the_targets():
+    plan = _plan(targets=["cpu-openvino", "cpu-onnxruntime"])
+    assert [profile.name for profile in look_up(plan)] == ["cpu-openvino", "cpu-onnxruntime"]
+
+
+def test_all_that_is_missing_is_told_at_once(tmp_path):
+    plan = _plan(
+        targets=["cpu-onxruntime", "cpu-openvino"],
+        teacher=TRAINED | {"model": "timm:resnt18"},
+        student={"model": "timm:resnet10t", "checkpoint": tmp_path / "gone.safetensors"},
+    )
+    with pytest.raises(PlanError) as caught:
+        look_up(plan)
+    for words in ("'cpu-onxruntime'", "did you mean 'cpu-onnxruntime'", "'resnt18'", "gone.safetensors does not exist"):
+        assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"student": {"model": "timm:resnt10t"}}, ModelError, "resnt10t"),
+        (
+            {"student": {"model": "auto"}, "select": {"candidates": [{"model": "timm:no_such_*"}]}},
+            PlanError,
+            "no timm model matches",
+        ),
+        ({"targets": ["cpu-openvino", "cpu-openvino"]}, PlanError, "the same name"),
+    ],
+)
+def test_a_single_mistake_is_told_as_it_is(changes, kind, words):
+    with pytest.raises(kind) as caught:
+        look_up(_plan(**changes))
+    assert words in caught.value.message + caught.value.action
+
+
+def test_every_misspelt_candidate_is_told():
+    candidates = [{"model": "timm:resnt18"}, {"model": "timm:resnet10t"}, {"model": "timm:resnt34"}]
+    with pytest.raises(UserError) as caught:
+        look_up(_plan(student={"model": "auto"}, select={"candidates": candidates}))
+    assert "'resnt18'" in caught.value.message
+    assert "'resnt34'" in caught.value.message
+
+
+def test_a_finished_run_needs_its_profiles_alone():
+    assert [profile.name for profile in profiles_of(_plan(student={"model": "timm:gone"}))] == ["cpu-onnxruntime"]
+
+
+def test_a_dry_run_looks_them_up(tmp_path):
+    done = run_cli("compress-and-export", "demo", "--dry-run", "--set", "student.model=timm:resnt18", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "resnt18" in done.stderr
+    assert done.stdout == ""
