@@ -137,8 +137,8 @@ class _Entrant:
     def block_runs(self) -> int:
         return timing.block_runs(self.times)
 
-    def done(self, plan: MeasurePlan) -> bool:
-        return timing.enough(self.times, plan.seconds, plan.max_seconds)
+    def share(self, plan: MeasurePlan) -> float:
+        return timing.share(self.times, plan.seconds, plan.max_seconds)
 
 
 def measure(
@@ -176,8 +176,8 @@ def _race(
     sizes = {number: entrant.block_runs for number, entrant in entrants.items()}
     for entrant in entrants.values():
         entrant.times = []
-    running = list(entrants)
-    with progress.task("measure", len(running)) as task:
+    running, told = list(entrants), 0
+    with progress.task(f"measure {len(running)}, %", 100) as task:
         while running:
             rng.shuffle(running)
             for number in running:
@@ -186,9 +186,11 @@ def _race(
                     entrants[number].times += times[SETTLE_RUNS:]
                 except FofaError as error:
                     failed[number] = error
-            left = [n for n in running if n not in failed and not entrants[n].done(plan)]
-            task.advance(len(running) - len(left))
-            running = left
+            shares = {n: entrants[n].share(plan) for n in running if n not in failed}
+            running = [n for n, share in shares.items() if share < 1]
+            left = sum(1 - share for share in shares.values()) / len(entrants)
+            task.advance(int(100 * (1 - left)) - told)
+            told = int(100 * (1 - left))
 
 
 def _summary(entrant: _Entrant) -> Measurement:

@@ -1,6 +1,8 @@
 """Measuring: real artifacts in real processes, side by side, and no figure that the sample does not carry."""
 
 import random
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +66,30 @@ def test_a_runtime_is_told_of_the_measured_batch_size_alone(candidates, monkeypa
     monkeypatch.setattr(module, "get_backend", lambda name: Watched())
     Runner(candidates["cpu-onnxruntime"].model_copy(update={"batch": batch}))
     assert told == [(batch,)]
+
+
+def test_progress_is_the_share_of_what_is_to_be_measured(candidates):
+    """Candidates end together: counting those that have, a bar would stand still until all have."""
+    steps: list[int] = []
+
+    class Told(Quiet):
+        @contextmanager
+        def task(self, name: str, total: int, done: int = 0):
+            assert total == 100
+            yield SimpleNamespace(advance=steps.append)
+
+    measure([candidates[name] for name in PROFILES], PLAN, LIMITS, 0, Told())
+    assert sum(steps) == 100
+    assert min(steps) >= 0
+    assert max(steps) < 100
+
+
+@pytest.mark.parametrize(
+    ("runs", "ms", "share"),
+    [(100, 1, 0.1), (500, 1, 0.5), (1000, 1, 1.0), (100, 10, 0.5), (10, 100, 0.5), (20, 100, 1.0), (1000, 9, 1.0)],
+)
+def test_a_sample_is_whole_by_time_and_runs_or_by_the_most_time(runs, ms, share):
+    assert timing.share([ms * 1_000_000] * runs, 1.0, 2.0) == pytest.approx(share)
 
 
 def test_garbage_collection_waits_and_comes_back(candidates):

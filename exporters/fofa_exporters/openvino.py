@@ -150,7 +150,8 @@ def _int8(profile: HardwareProfile, model: onnx.ModelProto, floats: Sequence[Rec
     for rest in rests or [Precision.FP32]:
         safe = [] if exact else [_nncf(rest, transformer=transformer, seven_bit_weights=True)]
         pairs = [_pairs(rest, name, weighted_only=only, seven_bit_weights=not exact) for name, only in placements.items()]
-        found += [*safe, _nncf(rest, transformer=transformer), *grown(pairs, smoothing=smoothing)]
+        ours = grown(pairs[:1], smoothing=smoothing) + grown(pairs[1:], shares=())
+        found += [*safe, _nncf(rest, transformer=transformer), *ours]
     controlled, mixed = _on_request({"transformer": transformer, **({} if exact else {"seven_bit_weights": True})})
     return [*found, controlled, *([] if transformer else [mixed])]
 

@@ -37,10 +37,11 @@ def block_runs(times: Sequence[int]) -> int:
     return max(1, min(100, round(BLOCK_SECONDS * 1e9 / max(sorted(times)[len(times) // 2], 1))))
 
 
-def enough(times: Sequence[int], seconds: float, max_seconds: float) -> bool:
-    """Whether a sample is long enough, and large enough for its 99th percentile or too slow to wait for that."""
+def share(times: Sequence[int], seconds: float, max_seconds: float) -> float:
+    """How much of a sample there is, in [0, 1]: 1 where it is long enough, and large enough for its 99th percentile or too slow
+    to wait for that."""
     took = sum(times) / 1e9
-    return (took >= seconds and len(times) >= runs_for(0.99)) or took >= max_seconds
+    return min(1.0, max(min(took / seconds, len(times) / runs_for(0.99)), took / max_seconds))
 
 
 def steady(run: Callable[[], object], plan: dict[str, Any], meter: Meter) -> tuple[list[int], int]:
@@ -49,7 +50,7 @@ def steady(run: Callable[[], object], plan: dict[str, Any], meter: Meter) -> tup
     while warmup < plan["warmup_runs"] or time.monotonic() - started < plan["warmup_seconds"]:
         times, warmup = timed(run, 5), warmup + 5
     size, times = block_runs(times), []
-    while not enough(times, plan["seconds"], plan["max_seconds"]):
+    while share(times, plan["seconds"], plan["max_seconds"]) < 1:
         with meter.over(size):
             times += timed(run, size)
     return times, warmup
