@@ -113,7 +113,7 @@ def saturate_gates(model: onnx.ModelProto) -> onnx.ModelProto:
         if gate.op_type != "HardSigmoid" or gate.input[0] not in dequantized or gate.output[0] in outputs:
             continue
         behind = readers[gate.output[0]]
-        if [node.op_type for node in behind] == ["QuantizeLinear"] and unsigned.issuperset(behind[0].input[2:]):
+        if [node.op_type for node in behind] == ["QuantizeLinear"] and behind[0].input[-1] in unsigned:
             found |= _saturated(gate, behind[0], readers[behind[0].output[0]])
     return _replaced(model, found)
 

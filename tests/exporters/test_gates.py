@@ -69,10 +69,18 @@ def _kind(module: nn.Module) -> str:
 
 
 def test_placements_are_offered_where_they_differ(networks, captured):
-    def pairs(found: Captured) -> set[bool]:
-        recipes = get_backend("openvino").recipes(profile_for("openvino"), found.graph)
-        return {bool(recipe.options.get("weighted_only")) for recipe in recipes if recipe.options.get("method") == "qdq"}
+    assert _placements(networks["hard"]) == _placements(networks["silu"]) == {True, False}
+    assert _placements(captured["cnn"]) == {False}
+    assert _placements(captured["vit"]) == {True}
 
-    assert pairs(networks["hard"]) == pairs(networks["silu"]) == {True, False}
-    assert pairs(captured["cnn"]) == {False}
-    assert pairs(captured["vit"]) == {True}
+
+def test_layers_go_back_to_float_in_the_first_placement_alone(networks):
+    """Where both lose too much accuracy, one ladder of mixed precision is enough."""
+    assert _placements(networks["silu"], mixed=True) == {True}
+
+
+def _placements(found: Captured, *, mixed: bool = False) -> set[bool]:
+    """Which of them OpenVINO's own pairs have: whether they are around weighted layers alone."""
+    recipes = get_backend("openvino").recipes(profile_for("openvino"), found.graph)
+    pairs = [recipe.options for recipe in recipes if recipe.options.get("method") == "qdq"]
+    return {bool(options.get("weighted_only")) for options in pairs if not mixed or options.get("float_share")}
