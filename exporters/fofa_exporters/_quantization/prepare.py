@@ -21,10 +21,11 @@ def prepare(model: onnx.ModelProto) -> onnx.ModelProto:
 
     with TemporaryDirectory() as scratch, _onnx.quiet():
         source, target = Path(scratch) / "source.onnx", Path(scratch) / "prepared.onnx"
-        onnx.save(_recent(model), source)  # a model given in memory is cut into external files, which onnxruntime then cannot read
+        # A model given in memory is cut into external files, which onnxruntime then cannot read.
+        onnx.save(pool_globally(_recent(model)), source)
         # Symbolic inference needs sympy and gives up on some ViTs; plain inference annotates every tensor of both kinds here.
         quant_pre_process(source, target, skip_symbolic_shape=True)
-        return normalized(pool_globally(drop_endless_clips(absorb_endless_pads(onnx.load(target)))))
+        return normalized(drop_endless_clips(absorb_endless_pads(onnx.load(target))))
 
 
 def _recent(model: onnx.ModelProto) -> onnx.ModelProto:
