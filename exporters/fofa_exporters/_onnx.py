@@ -202,10 +202,14 @@ def is_convolutional(model: onnx.ModelProto) -> bool:
 
 def gates_itself(model: onnx.ModelProto) -> bool:
     """Whether an activation multiplies its input by a function of it, as SiLU and hard swish do."""
-    gates = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in {"HardSigmoid", "Sigmoid", "Tanh"}}
-    return any(
-        node.op_type == "HardSwish" or (node.op_type == "Mul" and any(gates.get(name) in node.input for name in node.input))
-        for node in model.graph.node
+    origins: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type in {"HardSigmoid", "Sigmoid", "Softplus", "Tanh"}:
+            origins[node.output[0]] = origins.get(node.input[0], node.input[0])
+    products = (node.input for node in model.graph.node if node.op_type == "Mul")
+    whole = {"Gelu", "HardSwish", "Mish", "Swish"}
+    return any(origins.get(name) in names for names in products for name in names) or any(
+        node.op_type in whole for node in model.graph.node
     )
 
 

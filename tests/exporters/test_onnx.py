@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
+from torch import nn
 
 from fofa_deploy.backend import backend_names, get_backend
 from fofa_deploy.errors import GraphError, IntegrityError
@@ -134,3 +136,29 @@ def test_attention_products_are_not_weighted(captured: dict[str, Captured]):
     model = _onnx.read(captured["vit"].graph)
     products = [node for node in model.graph.node if node.op_type in _onnx.WEIGHTED]
     assert len(products) - len(_onnx.weighted(model)) == 2 * 2, "two blocks, each with q x k and attention x v"
+
+
+class _ChannelGate(nn.Module):
+    """A gate of another tensor's making, as in squeeze-and-excitation."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return maps * maps.mean((2, 3), keepdim=True).sigmoid()
+
+
+@pytest.mark.parametrize(
+    ("activation", "gates"),
+    [
+        (nn.SiLU(), True),
+        (nn.Mish(), True),
+        (nn.Hardswish(), True),
+        (nn.ReLU(), False),
+        (nn.Sigmoid(), False),
+        (_ChannelGate(), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_activation_that_gates_itself_is_known_as_it_is_exported(activation: nn.Module, gates: bool, tmp_path: Path):
+    file = tmp_path / "model.onnx"
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), activation).eval()
+    torch.onnx.export(network, (torch.zeros(1, 3, 8, 8),), file, dynamo=True, opset_version=18, external_data=False, verbose=False)
+    assert _onnx.gates_itself(onnx.load(file)) is gates
