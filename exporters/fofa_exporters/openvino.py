@@ -156,7 +156,7 @@ def _int8(profile: HardwareProfile, model: onnx.ModelProto, floats: Sequence[Rec
     return [*found, controlled, *([] if transformer else [mixed])]
 
 
-def _pairs(rest: Precision, suffix: str, *, weighted_only: bool, seven_bit_weights: bool) -> Recipe:
+def _pairs(rest: Precision, suffix: str = "", *, weighted_only: bool, seven_bit_weights: bool) -> Recipe:
     """Q/DQ pairs in ONNX, which OpenVINO lowers itself: around all that runs in int8, or what convolutions and products read."""
     options: dict[str, Scalar] = {"weighted_only": True, "float_outputs": True} if weighted_only else {}
     width = "seven" if seven_bit_weights else "eight"

@@ -219,7 +219,7 @@ def test_a_concatenation_before_a_batch_norm_is_not_rounded_again(captured: dict
     source = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
     written = quantized(source, calibration, Scheme())
     assert "d" not in {node.input[0] for node in written.graph.node if node.op_type == "QuantizeLinear"}
-    recipe = openvino._pairs(Precision.FP32, transformer=False, seven_bit_weights=True)
+    recipe = openvino._pairs(Precision.FP32, weighted_only=False, seven_bit_weights=True)
     model = openvino._read(source, recipe, calibration)
     compiled = openvino._core().compile_model(openvino._sized(model, 1), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert [row.precision for row in openvino.layer_table(compiled) if row.weighted] == [Precision.INT8] * 3
@@ -243,7 +243,7 @@ def test_windows_are_gathered_from_maps_with_a_scale_per_channel(captured: dict[
     ]
     graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], tensors)
     source = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
-    model = openvino._read(source, openvino._pairs(Precision.FP32, transformer=True, seven_bit_weights=True), calibration)
+    model = openvino._read(source, openvino._pairs(Precision.FP32, weighted_only=True, seven_bit_weights=True), calibration)
     compiled = openvino._core().compile_model(openvino._sized(model, 2), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     assert [row.precision for row in openvino.layer_table(compiled) if row.weighted] == [Precision.INT8]
     images = captured["cnn"].inputs[:2]
