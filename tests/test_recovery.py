@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import narrow
 import pytest
 
@@ -140,7 +138,8 @@ def test_the_bar_is_the_student_before():
 
 
 def test_without_labels_nothing_is_trained(tmp_path):
-    made = ready_made(Path("weights.safetensors"), "timm:resnet10t", 10, tmp_path)
+    (tmp_path / "weights.safetensors").touch()
+    made = ready_made(tmp_path / "weights.safetensors", "timm:resnet10t", 10, tmp_path)
     with Store(tmp_path / "run") as store, pytest.raises(PlanError, match="without labels"):
         _ = Run(made, store, Quiet()).retrained
 
