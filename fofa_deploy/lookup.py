@@ -27,7 +27,7 @@ def look_up(plan: RunPlan) -> list[HardwareProfile]:
     for models in _each(lambda profile: models_of(plan, profile), profiles[:1], problems):
         _each(_find, models, problems)
     if not problems:
-        return profiles_of(plan)
+        return _distinct(profiles)
     if len(problems) == 1:
         raise problems[0]
     told = dict.fromkeys(f"{problem.message}: {problem.action}" for problem in problems)
@@ -35,11 +35,15 @@ def look_up(plan: RunPlan) -> list[HardwareProfile]:
 
 
 def profiles_of(plan: RunPlan) -> list[HardwareProfile]:
-    """
+    """The profiles alone: of a run that is finished nothing else is needed.
+
     Raises:
         PlanError: a profile is not there or wrong, or two have the same name.
     """
-    profiles = [find_profile(name) for name in plan.targets]
+    return _distinct([find_profile(name) for name in plan.targets])
+
+
+def _distinct(profiles: list[HardwareProfile]) -> list[HardwareProfile]:
     if len({profile.name for profile in profiles}) < len(profiles):
         raise PlanError("two targets have the same name", "list each profile once, and give copies a name of their own")
     return profiles

@@ -188,9 +188,9 @@ def _race(
                     failed[number] = error
             shares = {n: entrants[n].share(plan) for n in running if n not in failed}
             running = [n for n, share in shares.items() if share < 1]
-            left = sum(1 - share for share in shares.values()) / len(entrants)
-            task.advance(int(100 * (1 - left)) - told)
-            told = int(100 * (1 - left))
+            done = int(100 * (1 - sum(1 - share for share in shares.values()) / len(entrants)))
+            task.advance(done - told)
+            told = done
 
 
 def _summary(entrant: _Entrant) -> Measurement:

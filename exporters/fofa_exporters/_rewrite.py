@@ -119,8 +119,7 @@ def saturate_gates(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _saturated(gate: onnx.NodeProto, pair: onnx.NodeProto, behind: list[onnx.NodeProto]) -> dict[str, Replacement]:
-    told = {"alpha": 0.2, "beta": 0.5} | {attribute.name: attribute.f for attribute in gate.attribute}
-    slope, offset, name = told["alpha"], told["beta"], gate.output[0]
+    (slope, offset), name = _slope(gate), gate.output[0]
     if slope <= 0 or offset <= 0 or any(node.op_type != "DequantizeLinear" for node in behind):
         return {}
     scales = {"term.scale": offset / slope / 255, "sum.scale": 1 / slope / 255, "scale": 1 / 255}
@@ -161,8 +160,14 @@ def join_hard_swish(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _is_sixth(gate: onnx.NodeProto) -> bool:
+    slope, offset = _slope(gate)
+    return math.isclose(slope, 1 / 6, rel_tol=1e-5) and math.isclose(offset, 0.5, rel_tol=1e-5)
+
+
+def _slope(gate: onnx.NodeProto) -> tuple[float, float]:
+    """a and b of clip(a x + b, 0, 1)."""
     told = {"alpha": 0.2, "beta": 0.5} | {attribute.name: attribute.f for attribute in gate.attribute}
-    return math.isclose(told["alpha"], 1 / 6, rel_tol=1e-5) and math.isclose(told["beta"], 0.5, rel_tol=1e-5)
+    return told["alpha"], told["beta"]
 
 
 def absorb_endless_pads(model: onnx.ModelProto) -> onnx.ModelProto:
