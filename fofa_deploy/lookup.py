@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from fofa_deploy.config import ModelPlan, RunPlan
+from fofa_deploy.config import AUTO, CandidatePlan, ModelPlan, RunPlan
 from fofa_deploy.errors import ModelError, PlanError, UserError
 from fofa_deploy.models import find_model
 from fofa_deploy.profile import find_profile
-from fofa_deploy.select.candidates import models_of
+from fofa_deploy.select.candidates import Candidate, expand, listed_for
 from fofa_deploy.types import HardwareProfile
 
 Named = TypeVar("Named")
@@ -24,9 +24,13 @@ def look_up(plan: RunPlan) -> list[HardwareProfile]:
     """
     problems: list[UserError] = []
     profiles = _each(find_profile, plan.targets, problems)
-    for models in _each(lambda profile: models_of(plan, profile), profiles[:1], problems):
-        _each(_find, models, problems)
+    lines = _candidates(plan, profiles)
+    expanded = _each(lambda line: _expanded(plan, [line]), lines, problems)
+    students = [candidate.student for found in expanded for candidate in found]
+    students += [plan.student] if plan.student.model != AUTO else []
+    _each(_find, [*([plan.teacher] if plan.teacher else []), *students], problems)
     if not problems:
+        _expanded(plan, lines)  # two lines may come to the same
         return _distinct(profiles)
     if len(problems) == 1:
         raise problems[0]
@@ -47,6 +51,17 @@ def _distinct(profiles: list[HardwareProfile]) -> list[HardwareProfile]:
     if len({profile.name for profile in profiles}) < len(profiles):
         raise PlanError("two targets have the same name", "list each profile once, and give copies a name of their own")
     return profiles
+
+
+def _candidates(plan: RunPlan, profiles: Sequence[HardwareProfile]) -> Sequence[CandidatePlan]:
+    """The lines that students are chosen from; those of the curated lists hang on the first target."""
+    if plan.student.model != AUTO:
+        return ()
+    return plan.select.candidates or [line for profile in profiles[:1] for line in listed_for(profile)]
+
+
+def _expanded(plan: RunPlan, lines: Sequence[CandidatePlan]) -> Sequence[Candidate]:
+    return expand(lines, plan.data.image_size, plan.select.image_sizes)
 
 
 def _each(find: Callable[[Named], Found], names: Iterable[Named], problems: list[UserError]) -> list[Found]:

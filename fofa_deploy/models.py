@@ -6,6 +6,7 @@ import importlib
 import pickle
 import struct
 import sys
+from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -59,10 +60,7 @@ def _try_out(model: nn.Module, name: str, images: Tensor) -> None:
 
 
 def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
-    import timm
-
-    _check_timm(name)
-    config = timm.get_pretrained_cfg(name)
+    config = _timm_config(name, plan.pretrained)
     fixed: dict[str, Any] = {"img_size": image_size} if config is not None and config.fixed_input_size else {}
     options = {"pretrained": plan.pretrained, "num_classes": classes, "in_chans": channels}
     try:
@@ -72,12 +70,23 @@ def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_s
         raise ModelError(f"the weights of {plan.model} cannot be fetched: {reason}", "connect, or name a checkpoint") from error
 
 
-def _check_timm(name: str) -> None:
+def _timm_config(name: str, pretrained: bool) -> Any:  # noqa: ANN401 - timm's PretrainedCfg, or None
+    """What timm knows of a network's weights, by its name and their tag (``resnet18.a1_in1k``)."""
     import timm
 
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3)
         raise ModelError(f"timm has no model {name!r}", f"did you mean {', '.join(near)}?" if near else "see timm.list_models()")
+    architecture = name.partition(".")[0]
+    try:
+        config = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_pretrained(f"{architecture}.*"))
+        raise ModelError(f"timm has no weights {name!r}", f"take one of {tags}" if tags else "leave out the tag") from error
+    if pretrained and not (config and config.has_weights):
+        action = "set pretrained = false, or name a checkpoint or another model"
+        raise ModelError(f"timm has no pretrained weights for {name!r}", action)
+    return config
 
 
 def _resolve(reference: str) -> Any:  # noqa: ANN401 - the user's callable
@@ -85,7 +94,8 @@ def _resolve(reference: str) -> Any:  # noqa: ANN401 - the user's callable
     if str(Path.cwd()) not in sys.path:  # as python -m does, and the console script does not
         sys.path.append(str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        with redirect_stdout(sys.stderr):  # what a command prints there is for other programs to read
+            function = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # whatever importing a user's module comes to
         action = "write timm:NAME, or package.module:function of something importable"
         raise ModelError(f"model {reference!r} does not resolve: {type(error).__name__}: {error}", action) from error
@@ -112,10 +122,10 @@ def _sources(reference: str) -> list[Path | str]:
 
 
 def find_model(plan: ModelPlan) -> None:
-    """Raise ModelError, naming the nearest, unless the plan's model name resolves."""
+    """Raise ModelError, naming the nearest, unless the plan's model name resolves, to one with weights where it asks for them."""
     kind, _, name = plan.model.partition(":")
     if kind == "timm":
-        _check_timm(name)
+        _timm_config(name, plan.pretrained)
     else:
         _resolve(plan.model)
 

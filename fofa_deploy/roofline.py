@@ -21,6 +21,7 @@ from pydantic import PositiveFloat, ValidationError
 
 from fofa_deploy import environment
 from fofa_deploy.results import Environment, LayerCost, Peaks
+from fofa_deploy.runner.runtimes import openvino
 from fofa_deploy.store import write_atomic
 from fofa_deploy.types import Frozen, LayerTime, Precision
 
@@ -186,8 +187,7 @@ def _onnxruntime_product(threads: int, integer: bool) -> Callable[[], object]:
 
 def _openvino_product(threads: int) -> dict[Precision, Callable[[], object]]:
     """bf16, where the CPU has it: ONNX Runtime's own matrix product has none."""
-    import openvino as ov
-
+    ov = openvino()
     core = ov.Core()
     if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         return {}

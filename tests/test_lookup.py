@@ -64,6 +64,46 @@ def test_every_misspelt_candidate_is_told():
     assert "'resnt34'" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("student", "problem", "action"),
+    [
+        ({"model": "timm:resnet10t.a1_in1k"}, "no weights 'resnet10t.a1_in1k'", "resnet10t.c3_in1k"),
+        ({"model": "timm:botnet50ts_256", "pretrained": True}, "no pretrained weights for 'botnet50ts_256'", "checkpoint"),
+    ],
+)
+def test_weights_that_timm_does_not_have_are_told(student, problem, action):
+    with pytest.raises(ModelError, match=problem) as caught:
+        look_up(_plan(student=student))
+    assert action in caught.value.action
+
+
+def test_nothing_that_is_missing_hides_another(tmp_path):
+    candidates = [{"model": "timm:no_such_*"}, {"model": "timm:resnet10t"}, {"model": "timm:resnet10t"}, {"model": "timm:resnt34"}]
+    plan = _plan(
+        targets=["cpu-onxruntime"],
+        teacher=TRAINED | {"model": "timm:resnt18"},
+        student={"model": "auto"},
+        select={"candidates": candidates},
+    )
+    with pytest.raises(PlanError) as caught:
+        look_up(plan)
+    for words in ("'cpu-onxruntime'", "'resnt18'", "'no_such_*'", "'resnt34'"):
+        assert words in caught.value.message
+
+
+def test_two_lines_that_come_to_the_same_are_told():
+    lines = [{"model": "timm:resnet10t"}] * 2
+    with pytest.raises(PlanError, match="two candidates"):
+        look_up(_plan(student={"model": "auto"}, select={"candidates": lines}))
+
+
+def test_what_a_module_prints_does_not_reach_standard_output(tmp_path, monkeypatch, capsys):
+    (tmp_path / "talkative.py").write_text("print('hello')\n\ndef net(num_classes, in_chans): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    look_up(_plan(student={"model": "talkative:net"}))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_finished_run_needs_its_profiles_alone():
     assert [profile.name for profile in profiles_of(_plan(student={"model": "timm:gone"}))] == ["cpu-onnxruntime"]
 

@@ -89,7 +89,8 @@ def _spread_biases(graph: onnx.GraphProto) -> None:
         transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
         outputs = known[node.input[1]].dims[0 if transposed else 1]
         values = numpy_helper.to_array(known[node.input[2]])
-        if values.shape != (outputs,) and values.size in (1, outputs) and values.shape[-1:] in ((), (1,), (outputs,)):
+        row = values.shape[-1:] == (outputs,) and values.size == outputs
+        if values.shape != (outputs,) and (row or values.size == 1):
             name = f"{node.output[0]}.bias"
             graph.initializer.append(numpy_helper.from_array(np.broadcast_to(values.reshape(-1), (outputs,)).copy(), name))
             node.input[2] = name

@@ -22,6 +22,9 @@ CONTRIBUTED = DOMAINS | {"com.microsoft"}
 BLOBS = frozenset({"EPContext", "Snpe"})
 CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 WEIGHTED = CONVOLUTIONS | {"Gemm", "MatMul"}
+_BENDS = frozenset({"Clip", "Erf", "HardSigmoid", "Sigmoid", "Softplus", "Tanh"})
+_ELEMENTWISE = _BENDS | {"Add", "Div", "Mul", "Pow", "Sub"}
+_WHOLE_GATES = frozenset({"Gelu", "HardSwish", "Mish", "Swish"})
 _EXPORT_AGAIN = "capture the model again as one standard ONNX file; custom operators and external data are not taken"
 
 
@@ -202,15 +205,21 @@ def is_convolutional(model: onnx.ModelProto) -> bool:
 
 def gates_itself(model: onnx.ModelProto) -> bool:
     """Whether an activation multiplies its input by a function of it, as SiLU and hard swish do."""
+    known = constants(model.graph)
     origins: dict[str, str] = {}
+    bent: set[str] = set()
     for node in model.graph.node:
-        if node.op_type in {"HardSigmoid", "Sigmoid", "Softplus", "Tanh"}:
-            origins[node.output[0]] = origins.get(node.input[0], node.input[0])
-    products = (node.input for node in model.graph.node if node.op_type == "Mul")
-    whole = {"Gelu", "HardSwish", "Mish", "Swish"}
-    return any(origins.get(name) in names for names in products for name in names) or any(
-        node.op_type in whole for node in model.graph.node
-    )
+        read = [name for name in node.input if name and name not in known]
+        if node.op_type in _WHOLE_GATES:
+            return True
+        if node.op_type not in _ELEMENTWISE or len({origins.get(name, name) for name in read}) != 1:
+            continue
+        if node.op_type == "Mul" and len(set(read)) == 2 and bent.intersection(read):
+            return True
+        origins[node.output[0]] = origins.get(read[0], read[0])
+        if node.op_type in _BENDS or bent.intersection(read):
+            bent.add(node.output[0])
+    return False
 
 
 def is_older(model: onnx.ModelProto, opset: int) -> bool:

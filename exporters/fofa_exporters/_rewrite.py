@@ -46,13 +46,14 @@ def flatten_scales(model: onnx.ModelProto) -> onnx.ModelProto:
     found = [(node, place) for node, place in places if _map(node, place, known) == kernels[node.output[0]]]
     if not found:
         return model
-    sides = _sides(model)
-    scales = [
-        (node, place)
-        for node, place in found
-        if tuple(sides.get(node.output[0], ())[-2:]) == kernels[node.output[0]] and len(sides[node.output[0]]) == 4
-    ]
+    sides = sides_of(model)
+    scales = [(node, place) for node, place in found if _is_map(sides.get(node.input[1 - place], []), kernels[node.output[0]])]
     return _replaced(model, {node.output[0]: _flattened(node, place, known[node.input[place]]) for node, place in scales})
+
+
+def _is_map(sides: list[int], kernel: tuple[int, ...]) -> bool:
+    """Of that size, and not yet to be stretched to it."""
+    return len(sides) == 4 and tuple(sides[2:]) == kernel
 
 
 def flatten_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -65,7 +66,7 @@ def flatten_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
     gathers = [n for n in model.graph.node if n.op_type == "Gather" and n.input[1] in known and known[n.input[1]].ndim > 1]
     if not gathers:
         return model
-    sides = _sides(model)
+    sides = sides_of(model)
     sized = [gather for gather in gathers if all(sides.get(gather.output[0], [0, 0])[1:])]
     return _replaced(model, {n.output[0]: _listed(n, known[n.input[1]], sides[n.output[0]]) for n in sized})
 
@@ -73,10 +74,11 @@ def flatten_gathers(model: onnx.ModelProto) -> onnx.ModelProto:
 def pool_globally(model: onnx.ModelProto) -> onnx.ModelProto:
     """``ReduceMean`` over height and width as ``GlobalAveragePool``, which onnxruntime 1.32 has in int8; of a mean it has a float
     kernel alone, and copies to it and from it."""
-    known, means = _constants(model), [node for node in model.graph.node if node.op_type == "ReduceMean"]
+    means = [node for node in model.graph.node if node.op_type == "ReduceMean"]
     if not means:
         return model
-    maps = {name for name, sides in _sides(model).items() if len(sides) == 4}
+    known, kinds = _constants(model), _shaped(model)
+    maps = {name for name, kind in kinds.items() if len(kind.shape.dim) == 4 and kind.elem_type == onnx.TensorProto.FLOAT}
     found = {node.output[0]: _pooled(node) for node in means if node.input[0] in maps and _axes(node, known) in ([2, 3], [-2, -1])}
     return _replaced(model, found)
 
@@ -99,8 +101,10 @@ def saturate_gates(model: onnx.ModelProto) -> onnx.ModelProto:
     """``HardSigmoid`` between Q/DQ pairs as an addition: ``QuantizeLinear`` clips it for nothing.
 
     clip(a x + b, 0, 1) is a clip(x + b/a, 0, 1/a): a sum stored in steps of 1/(255 a) and read in steps of 1/255. onnxruntime 1.32
-    has no ``HardSigmoid`` in int8, and adds in it.
+    has no ``HardSigmoid`` in int8, and adds in it. Graphs with branches, which may read the gate, stay as they are.
     """
+    if _onnx.has_branches(model):
+        return model
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in model.graph.node:
         for name in node.input:
@@ -143,8 +147,8 @@ def _saturated(gate: onnx.NodeProto, pair: onnx.NodeProto, behind: list[onnx.Nod
 
 def join_hard_swish(model: onnx.ModelProto) -> onnx.ModelProto:
     """x * HardSigmoid(x) as ``HardSwish``: onnxruntime's optimizer takes it apart, and OpenVINO does a whole one with the
-    convolution before it."""
-    if _onnx.is_older(model, _HARD_SWISH):
+    convolution before it. Not in graphs with branches, which may read the gate."""
+    if _onnx.is_older(model, _HARD_SWISH) or _onnx.has_branches(model):
         return model
     gates = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "HardSigmoid" and _is_sixth(node)}
     readers = Counter(name for node in model.graph.node for name in node.input)
@@ -171,7 +175,12 @@ def _slope(gate: onnx.NodeProto) -> tuple[float, float]:
 
 
 def absorb_endless_pads(model: onnx.ModelProto) -> onnx.ModelProto:
-    """``Pad`` with minus infinity before a ``MaxPool`` as that one's own padding: no range holds what it writes."""
+    """``Pad`` with minus infinity before a ``MaxPool`` as that one's own padding: no range holds what it writes.
+
+    Not in graphs with branches, which may read what was padded.
+    """
+    if _onnx.has_branches(model):
+        return model
     known = _constants(model)
     readers = Counter(name for node in model.graph.node for name in node.input)
     outputs = {value.name for value in model.graph.output}
@@ -214,8 +223,8 @@ def _joint_pads(pool: onnx.NodeProto, added: np.ndarray) -> list[int] | None:
 
 def drop_endless_clips(model: onnx.ModelProto) -> onnx.ModelProto:
     """``Clip`` between infinities as ``Identity``: onnxruntime 1.32 leaves a product before a ``Clip`` in float."""
-    known = _constants(model)
     clips = [node for node in model.graph.node if node.op_type == "Clip"]
+    known = _constants(model) if clips else {}
     endless = [clip for clip in clips if [_number(known.get(name)) for name in clip.input[1:]] == [-np.inf, np.inf]]
     made = {clip.output[0]: helper.make_node("Identity", clip.input[:1], clip.output, clip.name) for clip in endless}
     return _replaced(model, {name: ([], [node]) for name, node in made.items()})
@@ -250,10 +259,16 @@ def _convolves(node: onnx.NodeProto, known: dict[str, np.ndarray]) -> bool:
     return node.op_type == "Conv" and node.input[1] in known and known[node.input[1]].ndim == 4
 
 
-def _sides(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """Lengths of the axes of computed tensors as far as they can be inferred, 0 where they cannot."""
+def _shaped(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
+    """Inputs and computed tensors whose number of axes is known or can be inferred."""
     inferred = shape_inference.infer_shapes(model).graph
-    return {v.name: [side.dim_value for side in v.type.tensor_type.shape.dim] for v in (*inferred.value_info, *inferred.output)}
+    kinds = {value.name: value.type.tensor_type for value in (*inferred.input, *inferred.value_info, *inferred.output)}
+    return {name: kind for name, kind in kinds.items() if kind.HasField("shape")}
+
+
+def sides_of(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """Lengths of the axes of tensors as far as they can be inferred, 0 where they cannot."""
+    return {name: [side.dim_value for side in kind.shape.dim] for name, kind in _shaped(model).items()}
 
 
 def _map(node: onnx.NodeProto, place: int, known: dict[str, np.ndarray]) -> tuple[int, ...] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-_PLACES = ("Exception from ", "Check 'false' failed", "FrontEnd API failed", "Model wasn't fully converted", "-- ", "Summary:")
+_PLACES = ("Exception from ", "Check 'false' failed", "FrontEnd API failed", "Model wasn't fully converted", "Summary:")
+_ADVICE = "To facilitate the conversion"
 
 
 def telling(error: Exception) -> str:
     """The message from the first line on that says more than a place in OpenVINO's source; all of it where none does."""
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    lines = [line.removeprefix("-- ") for line in str(error).splitlines() if line.strip() and not line.startswith(_ADVICE)]
     start = next((number for number, line in enumerate(lines) if not line.startswith(_PLACES)), 0)
     return "\n".join(lines[start:])

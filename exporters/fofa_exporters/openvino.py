@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx
 import openvino as ov
+from openvino import frontend
 
 from fofa_deploy.errors import BackendError, BuildError
 from fofa_deploy.types import (
@@ -50,6 +51,11 @@ RUNTIME_CACHE = "CPU_RUNTIME_CACHE_CAPACITY"
 
 A model for one size has nothing to mix up, and is a little slower without it.
 """
+_UNBUILT: tuple[type[Exception], ...] = (
+    *(RuntimeError, BackendError, LookupError),  # the last of a device that does not tell what its layers are
+    *(frontend.GeneralFailure, frontend.InitializationFailure, frontend.NotImplementedFailure),  # of the converter
+    *(frontend.OpConversionFailure, frontend.OpValidationFailure),
+)
 _VIRTUAL_DEVICES = ("AUTO", "MULTI", "HETERO", "BATCH")
 
 
@@ -80,7 +86,7 @@ class OpenVinoBackend:
             model = _read(source, recipe, calibration)
             ov.save_model(model, main, compress_to_fp16=False)
             layers = layer_table(_compile(main, recipe, threads=None, batch=1))
-        except (RuntimeError, BackendError, LookupError) as error:  # of a device that does not tell what its layers are
+        except _UNBUILT as error:
             raise BuildError(f"OpenVINO cannot build {recipe.name}: {telling(error)}", "try another recipe") from error
         return Artifact.of(out, main, backend=self.name, recipe=recipe, graph=graph, layers=layers, versions=versions())
 

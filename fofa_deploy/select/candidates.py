@@ -14,7 +14,7 @@ from importlib import resources
 
 from pydantic import Field
 
-from fofa_deploy.config import AUTO, CandidatePlan, ModelPlan, RunPlan, SelectPlan, Size, size_name
+from fofa_deploy.config import CandidatePlan, ModelPlan, SelectPlan, Size, size_name
 from fofa_deploy.errors import PlanError
 from fofa_deploy.models import code_identity
 from fofa_deploy.select.variants import named_grid
@@ -36,19 +36,6 @@ class Candidate(Frozen):
 def listed(plan: SelectPlan, profile: HardwareProfile) -> tuple[CandidatePlan, ...]:
     """The plan's list, or the one for its first target's kind of device."""
     return plan.candidates or listed_for(profile)
-
-
-def models_of(plan: RunPlan, profile: HardwareProfile) -> list[ModelPlan]:
-    """Every model that a plan names: the teacher, the student or its candidates.
-
-    Raises:
-        PlanError, ModelError: as `expand`.
-    """
-    students = [plan.student]
-    if plan.student.model == AUTO:
-        expanded = expand(listed(plan.select, profile), plan.data.image_size, plan.select.image_sizes)
-        students = [candidate.student for candidate in expanded]
-    return [*([plan.teacher] if plan.teacher else []), *students]
 
 
 def code_of(plan: SelectPlan, profile: HardwareProfile) -> list[object]:

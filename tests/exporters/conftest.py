@@ -62,13 +62,14 @@ def _vit() -> nn.Module:
 
 
 def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
-    """Weights from a seed, and batch statistics from data, without which every activation vanishes or explodes."""
+    """Weights from a seed, and batch statistics from data, without which every activation vanishes or explodes; of timm's
+    networks a head that is sure."""
     torch.manual_seed(0)
     model = make().train()
     with torch.no_grad():
         for seed in range(8):
             model(torch.from_numpy(PREPROCESSING.apply(images(32, 100 + seed))))
-    return _confident(model.eval())
+    return _confident(model.eval()) if hasattr(model, "forward_head") else model.eval()
 
 
 def _confident(model: nn.Module) -> nn.Module:

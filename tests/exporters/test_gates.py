@@ -8,16 +8,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from torch import nn
 
 from exporters.conftest import Captured, _capture, profile_for, recipe_named, run_in_batches
 from fofa_deploy.backend import get_backend
 from fofa_deploy.types import Artifact, Precision
 
+
+class _Normalized(nn.Module):
+    """Its channels are gated by the means of maps whose mean is nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, stride=4, padding=1), nn.InstanceNorm2d(16))
+        self.gate = nn.Sequential(nn.Conv2d(16, 16, 1), nn.Sigmoid())
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.stem(images)
+        gated = (maps * self.gate(maps.mean((2, 3), keepdim=True))).relu()
+        return self.head(gated.mean((2, 3)))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "hard": lambda: timm.create_model("mobilenetv3_small_050", num_classes=10),
     "silu": lambda: timm.create_model("test_efficientnet", num_classes=10),
     "flat": lambda: timm.create_model("test_resnet", num_classes=10, global_pool="fast"),  # pooled without keeping axes
+    "normalized": _Normalized,
 }
 GATED = ["hard", "silu"]
 

@@ -56,6 +56,19 @@ def test_products_have_no_factors(factors):
     assert _answers(model) == pytest.approx(before, rel=1e-5, abs=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_bias_per_output_is_a_list_and_one_per_row_stays(shape):
+    """Of as many rows as outputs."""
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(4, 2)).astype(np.float32), "b": rng.normal(size=shape).astype(np.float32)}
+    model = _model([helper.make_node("Gemm", ["x", "w", "b"], ["y"])], weights, 2)
+    before = _answers(model)
+    bias = normalized(model).graph.node[0].input[2]
+    assert _answers(model) == pytest.approx(before, rel=1e-6)
+    stored = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    assert stored[bias] == (shape if shape[:1] == (2,) else (2,))
+
+
 def test_a_factor_of_a_shared_weight_is_one_layers_alone():
     weight = np.eye(4, dtype=np.float32)
     nodes = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -145,9 +146,25 @@ class _ChannelGate(nn.Module):
         return maps * maps.mean((2, 3), keepdim=True).sigmoid()
 
 
+class _Written(nn.Module):
+    """An activation as a formula."""
+
+    def __init__(self, formula: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.forward = formula
+
+
 @pytest.mark.parametrize(
     ("activation", "gates"),
     [
+        (_Written(lambda x: x * (x + 3).clamp(0, 6) / 6), True),
+        (_Written(lambda x: x * ((x + 3).clamp(0, 6) / 6)), True),
+        (_Written(lambda x: (x / 6) * (x + 3).clamp(0, 6)), True),
+        (_Written(lambda x: x * torch.sigmoid(1.702 * x)), True),
+        (nn.GELU("tanh"), True),
+        (_Written(lambda x: x * x + x), False),
+        (_Written(lambda x: x + x.sigmoid()), False),
+        (_Written(lambda x: x.relu() * x.amax(1, keepdim=True).sigmoid()), False),
         (nn.SiLU(), True),
         (nn.Mish(), True),
         (nn.Hardswish(), True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,9 @@ import onnx
 import onnxruntime as ort
 import openvino as ov
 import pytest
+import torch
 from onnx import helper, numpy_helper
+from torch import nn
 
 from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, BuildError
@@ -20,7 +23,7 @@ from fofa_deploy.types import Device, HardwareProfile, Precision
 from fofa_exporters import openvino
 from fofa_exporters._quantization import Scheme, quantized
 
-from .conftest import Built, Captured, profile_for, run_in_batches
+from .conftest import Built, Captured, _capture, profile_for, run_in_batches
 
 
 def _has_bf16() -> bool:
@@ -42,6 +45,36 @@ def test_a_precision_the_cpu_lacks_is_refused(recipe: object, captured: dict[str
         pytest.skip("this CPU has bf16")
     with pytest.raises(BuildError, match="runs f32 where"):
         get_backend("openvino").build(captured["cnn"].graph, openvino._on(recipe, "CPU"), None, tmp_path)
+
+
+class _Determined(nn.Module):
+    """With an operator that OpenVINO does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 10, 3, stride=16, padding=1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.det(self.stem(images))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8-qdq", "int8-nncf"])
+def test_an_operator_that_is_not_there_is_named(kind: str, tmp_path: Path):
+    found, backend, profile = _capture(_Determined, tmp_path), get_backend("openvino"), profile_for("openvino")
+    recipe = next(recipe for recipe in backend.recipes(profile, found.graph) if recipe.name.startswith(kind))
+    with pytest.raises(BuildError, match=r"OpenVINO cannot build .*: No conversion rule found for operations: Det-\d+\n  -> "):
+        backend.build(found.graph, recipe, found.calibration, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "way", ["from fofa_exporters.openvino import ov", "from fofa_deploy.runner.runtimes import openvino; ov = openvino()"]
+)
+def test_nothing_is_reported_to_openvino_s_maker(way: str, captured: dict[str, Captured], tmp_path: Path):
+    """Its telemetry keeps an identifier of the user's in their home."""
+    convert = f"{way}; ov.convert_model({str(captured['cnn'].graph.path)!r})"
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", convert], check=True, env=environment, stdout=subprocess.DEVNULL)
+    assert not (tmp_path / "intel").exists()
 
 
 @pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "MULTI:CPU", "HETERO:CPU", "BATCH:CPU", "auto"])

@@ -127,6 +127,12 @@ def test_a_row_of_factors_is_no_map():
     assert flatten_scales(model) is model
 
 
+def test_a_map_that_is_stretched_by_its_factors_is_left_alone():
+    model = _scaled("Mul", (1, 2, 7, 7), 7)
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 1
+    assert flatten_scales(model) is model
+
+
 def test_products_of_tensors_and_other_scales_are_left_alone():
     model = _scaled("Mul", (7, 7), 7)
     model.graph.node.extend(
@@ -151,6 +157,14 @@ def test_a_table_of_places_becomes_a_list(axis):
     maps = np.random.default_rng(0).standard_normal((2, *sides)).astype(np.float32)
     session = ort.InferenceSession(rewritten.SerializeToString(), providers=["CPUExecutionProvider"])
     assert np.array_equal(session.run(None, {"maps": maps})[0], np.take(maps, table, axis))
+
+
+def test_a_result_of_unknown_shape_is_left_alone():
+    nodes = [helper.make_node("Reshape", ["maps", "shape"], ["any"]), helper.make_node("Gather", ["any", "table"], ["out"])]
+    model = _graph(nodes, {"table": np.array([[0, 1]])}, [])
+    model.graph.input.append(helper.make_tensor_value_info("shape", onnx.TensorProto.INT64, [None]))
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    assert flatten_gathers(model) is model
 
 
 def test_lists_of_places_and_computed_tables_are_left_alone():
@@ -279,6 +293,14 @@ def test_means_of_other_axes_stay(axes):
     assert pool_globally(model) is model
 
 
+def test_a_mean_in_double_stays():
+    """For which no runtime has the pool."""
+    model = _mean([2, 3], 18, 1)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+    assert pool_globally(model) is model
+
+
 def test_a_mean_of_something_else_than_maps_stays():
     nodes = [
         helper.make_node("Reshape", ["maps", "shape"], ["volume"], name="first"),
@@ -357,6 +379,23 @@ def test_a_gate_that_others_read_is_kept():
     model = _swish(0, alpha=1 / 6, beta=0.5)
     model.graph.node.append(helper.make_node("Relu", ["gate"], ["other"], "other"))
     assert [node.op_type for node in join_hard_swish(model).graph.node] == ["HardSigmoid", "HardSwish", "Relu"]
+
+
+@pytest.mark.parametrize(
+    ("rewrite", "model", "inner"),
+    [
+        (saturate_gates, _gate(np.uint8(0)), "gate"),
+        (join_hard_swish, _swish(0, alpha=1 / 6, beta=0.5), "gate"),
+        (absorb_endless_pads, _padded(-np.inf, AROUND), "padded"),
+    ],
+    ids=["gate", "swish", "pad"],
+)
+def test_what_a_branch_may_read_stays(rewrite, model, inner):
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("one", "other")]
+    branches = [helper.make_graph([helper.make_node("Identity", [inner], [end.name])], end.name, [], [end]) for end in ends]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(True), "which"))
+    model.graph.node.append(helper.make_node("If", ["which"], ["seen"], then_branch=branches[0], else_branch=branches[1]))
+    assert rewrite(model) is model
 
 
 def test_other_slopes_and_old_graphs_are_no_hard_swish():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,12 +22,16 @@ from fofa_exporters._quantization.ranges import ranges
 from fofa_exporters._quantization.scheme import BEST, Scheme
 from fofa_exporters._quantization.sensitivity import best_ranges, most_sensitive
 from fofa_exporters._quantization.statistics import Statistics
+from fofa_exporters._rewrite import sides_of
 
 _OPERATORS = (
     "Add", "AveragePool", "Clip", "Concat", "Conv", "ConvTranspose", "Flatten", "Gemm", "GlobalAveragePool", "LeakyRelu", "MatMul",
     "MaxPool", "Mul", "Pad", "Relu", "Reshape", "Resize", "Sigmoid", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
 )  # fmt: skip
 """What runs in int8 somewhere. Norms and softmax do not, and lose most by it."""
+
+_LEAST_MEAN = 128
+"""How often the range of a mean goes into that of one of its terms at most, over their number; what refuses has 256."""
 
 _FAULTS: tuple[type[Exception], ...] = (
     *(ValueError, LookupError, RuntimeError, onnx.version_converter.ConvertError, onnx.shape_inference.InferenceError),
@@ -69,6 +75,8 @@ def _write(prepared: onnx.ModelProto, statistics: Statistics, scheme: Scheme, in
 
     assert scheme.ranges != "best"
     low, high = ranges(statistics, scheme.ranges, scheme.signed_activations)
+    least = _least_means(prepared, dict(zip(statistics.names, map(float, high - low), strict=True)))
+    high = np.maximum(high, [least.get(name, 0.0) for name in statistics.names]).astype(np.float32)
     found = {
         n: TensorData(lowest=np.asarray(a), highest=np.asarray(b)) for n, a, b in zip(statistics.names, low, high, strict=True)
     }
@@ -107,6 +115,16 @@ def _idle_concats(model: onnx.ModelProto) -> list[str]:
     """
     read_in_int8 = {name for node in model.graph.node if node.op_type in _OPERATORS for name in node.input}
     return [node.name for node in model.graph.node if node.op_type == "Concat" and node.output[0] not in read_in_int8]
+
+
+def _least_means(model: onnx.ModelProto, extents: Mapping[str, float]) -> dict[str, float]:
+    """How far the ranges of global pools have to reach at least, where they do not: means over normalized maps are as good as
+    nothing beside what they are of, and onnxruntime 1.32 refuses such a pair of scales, but only when it runs."""
+    pools = [n for n in model.graph.node if n.op_type == "GlobalAveragePool" and {n.input[0], n.output[0]} <= extents.keys()]
+    suspects = {n.output[0]: n.input[0] for n in pools if extents[n.input[0]] > _LEAST_MEAN * extents[n.output[0]]}
+    sides = sides_of(model) if suspects else {}
+    least = {y: extents[x] / _LEAST_MEAN / math.prod(side or 1 for side in sides.get(x, [])[2:]) for y, x in suspects.items()}
+    return {y: extent for y, extent in least.items() if extent > extents[y]}
 
 
 def _float_outputs(scheme: Scheme) -> list[str]:
