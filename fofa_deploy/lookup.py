@@ -38,15 +38,6 @@ def look_up(plan: RunPlan) -> list[HardwareProfile]:
     raise PlanError("\n  ".join(("the plan names what is not there", *told)), "correct these")
 
 
-def profiles_of(plan: RunPlan) -> list[HardwareProfile]:
-    """The profiles alone: of a run that is finished nothing else is needed.
-
-    Raises:
-        PlanError: a profile is not there or wrong, or two have the same name.
-    """
-    return _distinct([find_profile(name) for name in plan.targets])
-
-
 def _distinct(profiles: list[HardwareProfile]) -> list[HardwareProfile]:
     if len({profile.name for profile in profiles}) < len(profiles):
         raise PlanError("two targets have the same name", "list each profile once, and give copies a name of their own")

@@ -23,12 +23,12 @@ from fofa_deploy.distill.inputs import pruned_inputs, taught_inputs
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_notices, read_summary, retraining
 from fofa_deploy.errors import BackendError, PlanError, StageError, UnavailableError, UserError
 from fofa_deploy.isolate import run_isolated
-from fofa_deploy.lookup import look_up, profiles_of
+from fofa_deploy.lookup import look_up
 from fofa_deploy.measure import Candidate
 from fofa_deploy.models import code_identity
 from fofa_deploy.profile import find_profile
 from fofa_deploy.progress import Progress, Quiet
-from fofa_deploy.recorded import PLAN, record_plan, recorded_plan
+from fofa_deploy.recorded import PLAN, record_plan, recorded_plan, recorded_profiles
 from fofa_deploy.recovery import PREFIX, RecoveringTuner, RetrainedTuner
 from fofa_deploy.remote.device import places, profile_on
 from fofa_deploy.report import write_report
@@ -62,7 +62,7 @@ class Run:
         self._made: dict[str, Path] = {}
         self.notices: list[str] = []
         self.selection: Selection | None = None
-        self.profiles = profiles_of(plan) if stored else look_up(plan)
+        self.profiles = recorded_profiles(store.root, plan) if stored else look_up(plan)
 
     def _stage(
         self, stage: str, inputs: Callable[[], Mapping[str, object]], work: Callable[[Path], None], *, resumable: bool = False
@@ -354,7 +354,7 @@ def opened(plan: RunPlan, out: Path, progress: Progress, force: bool = False, *,
     """
     with Store(out) as store, parallel.leading():
         run = Run(plan, store, progress)
-        record_plan(store, plan, force)
+        record_plan(store, plan, run.profiles, force)
         if settled:
             run.settle()
         yield run

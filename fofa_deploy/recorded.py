@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from fofa_deploy.config import RunPlan, load_plan
 from fofa_deploy.errors import PlanError
-from fofa_deploy.schema import differences
+from fofa_deploy.profile import find_profile, is_path
+from fofa_deploy.schema import differences, expanded, validate
 from fofa_deploy.store import Store, write_atomic
+from fofa_deploy.types import HardwareProfile
 
 PLAN = "plan.json"
 """The resolved plan, in the run directory; it is a plan like any other."""
 
 
-def record_plan(store: Store, plan: RunPlan, force: bool) -> None:
-    """Keep the resolved plan in the run directory, and refuse another one there unless forced.
+PROFILES = "profiles.json"
+"""Its targets' profiles, by the names that the plan has for them."""
+
+
+def record_plan(store: Store, plan: RunPlan, profiles: Sequence[HardwareProfile], force: bool) -> None:
+    """Keep the resolved plan and its targets' profiles in the run directory, and refuse another plan there unless forced.
 
     Raises:
         PlanError: the directory belongs to another plan; says what differs.
@@ -25,6 +33,27 @@ def record_plan(store: Store, plan: RunPlan, force: bool) -> None:
         action = "choose another --out, or --force to go on here: stages that the change does not touch are kept"
         raise PlanError(f"{store.root} was made from another plan: {'; '.join(changes)}", action)
     write_atomic(path, plan.model_dump_json(indent=1).encode())
+    told = {target: profile.model_dump(mode="json") for target, profile in zip(plan.targets, profiles, strict=True)}
+    write_atomic(store.root / PROFILES, json.dumps(told, indent=1, allow_nan=False).encode())
+
+
+def recorded_profiles(out: Path, plan: RunPlan) -> list[HardwareProfile]:
+    """Of the targets of the plan in ``out``; a file that is gone, as where a run was carried to, is taken as it was recorded.
+
+    Raises:
+        PlanError: one is neither there nor recorded.
+    """
+    return [_recorded(out / PROFILES, target) for target in plan.targets]
+
+
+def _recorded(file: Path, target: str) -> HardwareProfile:
+    if not is_path(target) or expanded(target).is_file() or not file.is_file():
+        return find_profile(target)
+    try:
+        told = dict(json.loads(file.read_bytes()))
+    except ValueError as error:
+        raise PlanError(f"{file} is not what was recorded: {error}", "make the run again") from error
+    return validate(told[target], HardwareProfile, f"{file}, {target}") if target in told else find_profile(target)
 
 
 def recorded_plan(out: Path) -> RunPlan:

@@ -9,7 +9,9 @@ from tiny import run_cli, write_graph
 
 from fofa_deploy.backend import backend_names
 from fofa_deploy.cli import VERBS, cli
+from fofa_deploy.config import load_plan
 from fofa_deploy.profile import find_profile, installed_profiles
+from fofa_deploy.recorded import record_plan
 from fofa_deploy.store import Store
 from fofa_deploy.types import HardwareProfile
 
@@ -119,6 +121,22 @@ def test_explain_says_why_each_stage_ran(tmp_path):
     shown = run_cli("explain", tmp_path).stdout
     assert re.search(r"graph .*changed: weights", shown)
     assert re.search(r"artifacts/cpu/int8 .*first run", shown)
+
+
+def test_a_folder_without_stages_is_explained_as_what_it_is_not(tmp_path):
+    shown = run_cli("explain", tmp_path)
+    assert shown.returncode == 2
+    assert "is not a run directory" in shown.stderr
+
+
+def test_a_report_does_not_train(tmp_path):
+    plan = load_plan("demo")
+    with Store(tmp_path) as store:
+        record_plan(store, plan, [find_profile(target) for target in plan.targets], force=False)
+    shown = run_cli("report", tmp_path)
+    assert shown.returncode == 2
+    assert "student is not a finished stage" in shown.stderr
+    assert "finish the run first" in shown.stderr
 
 
 def test_a_report_of_nothing_says_how_to_get_one(tmp_path):

@@ -7,7 +7,9 @@ from tiny import run_cli
 
 from fofa_deploy.config import RunPlan
 from fofa_deploy.errors import ModelError, PlanError, UserError
-from fofa_deploy.lookup import look_up, profiles_of
+from fofa_deploy.lookup import look_up
+from fofa_deploy.recorded import PROFILES, record_plan, recorded_profiles
+from fofa_deploy.store import Store
 
 DATA = {"name": "digits", "image_size": (16, 16), "channels": 1}
 TRAINED = {"model": "timm:resnet10t", "fit": {"epochs": 1}}
@@ -104,8 +106,25 @@ def test_what_a_module_prints_does_not_reach_standard_output(tmp_path, monkeypat
     assert capsys.readouterr().out == ""
 
 
-def test_a_finished_run_needs_its_profiles_alone():
-    assert [profile.name for profile in profiles_of(_plan(student={"model": "timm:gone"}))] == ["cpu-onnxruntime"]
+def test_a_finished_run_needs_its_profiles_alone(tmp_path):
+    plan = _plan(student={"model": "timm:gone"})
+    assert [profile.name for profile in recorded_profiles(tmp_path, plan)] == ["cpu-onnxruntime"]
+
+
+def test_a_profile_is_recorded_with_the_run(tmp_path):
+    """A run directory may be carried to where the file is not; where it is, it is the one that counts."""
+    file, plan = tmp_path / "board.toml", _plan(targets=[str(tmp_path / "board.toml")])
+    told = 'name = "board"\ndescription = "{}"\nruntime = "onnxruntime"\nprecisions = ["fp32"]\n'
+    file.write_text(told.format("as it was"))
+    with Store(tmp_path / "run") as store:
+        record_plan(store, plan, look_up(plan), force=False)
+    file.write_text(told.format("as it is"))
+    assert recorded_profiles(tmp_path / "run", plan)[0].description == "as it is"
+    file.unlink()
+    assert recorded_profiles(tmp_path / "run", plan)[0].description == "as it was"
+    (tmp_path / "run" / PROFILES).write_text("{")
+    with pytest.raises(PlanError, match=PROFILES):
+        recorded_profiles(tmp_path / "run", plan)
 
 
 def test_a_dry_run_looks_them_up(tmp_path):

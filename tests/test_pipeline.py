@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from fofa_deploy.tune import Evidence, Settings
 from fofa_deploy.tune.workbench import Workbench
 from fofa_deploy.types import Artifact, Budget, Graph, Status
 
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 SMALL = (
     "threads=1",
     "data.limit=160",
@@ -107,8 +110,6 @@ def test_tensorrt_is_built_and_says_why_it_did_not_run(finished):
 
 
 def test_a_bundle_goes_out_and_its_results_come_back_into_the_record(finished, tmp_path):
-    import zipfile
-
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     chosen = ("--profile", "cpu-onnxruntime", "--recipe", "fp32")
@@ -124,12 +125,47 @@ def test_a_bundle_goes_out_and_its_results_come_back_into_the_record(finished, t
     assert (row.status, row.recipe) == (Status.VERIFIED, "fp32")
     assert row.golden.relative_error < 1e-3
     assert row.target in (out / "report.html").read_text()
+    done = fofa_deploy("profile", out, "--profile", "cpu-onnxruntime", "--import", results, "--as", "front-door", "--quiet")
+    assert done.returncode == 0, done.stderr
+    told = {row.target for row in read_report(out).targets}
+    assert {row.target, "cpu-onnxruntime on front-door"} <= told, "a board of the same kind is another"
+    (out / "report.json").unlink()
+    done = fofa_deploy("profile", out, "--profile", "cpu-onnxruntime", "--import", results, "--quiet")
+    assert "not kept" in done.stderr
     other = json.loads(results.read_text())
     other["files"]["golden.npy"] = "0" * 64
     results.write_text(json.dumps(other))
     done = fofa_deploy("profile", out, "--profile", "cpu-onnxruntime", "--import", results, "--quiet")
     assert done.returncode == 2
     assert "golden.npy" in done.stderr
+
+
+def test_a_bundle_is_of_the_chosen_recipe_and_writes_over_nothing_else(finished, tmp_path):
+    out, report = finished
+    done = fofa_deploy("bundle", out, "--profile", "cpu-openvino", "--out", tmp_path / "below" / "b.zip", "--quiet")
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / "below" / "b.zip") as archive:
+        job = json.loads(archive.read("job.json"))
+    assert [job["recipe"]] == [row.recipe for row in rows(report, "cpu-openvino") if row.chosen]
+    done = fofa_deploy("bundle", out, "--profile", "cpu-openvino", "--out", out / "plan.json", "--quiet")
+    assert done.returncode == 2
+    assert "does not end in .zip" in done.stderr
+    done = fofa_deploy("bundle", out, "--profile", "raspberry-pi-5", "--recipe", "fp32", "--out", tmp_path / "c.zip", "--quiet")
+    assert done.returncode == 2
+    assert "fofa-deploy quantize RUN --profile raspberry-pi-5" in done.stderr
+
+
+def test_the_python_page_runs_what_was_deployed(finished, tmp_path, monkeypatch, capsys):
+    """Its first two examples, on a run that is there."""
+    job, deployed, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished[0], tmp_path / "runs" / "flowers")
+    job = job.replace('"plan.toml", ["measure.seconds=0.5"]', '"runs/flowers/plan.json"')
+    for code in (job, deployed):
+        exec(compile(code, str(PAGE), "exec"), {})
+    told = capsys.readouterr().out
+    assert all(f"{row.target} {row.recipe}" in told or not row.chosen for row in read_report(Path("runs/flowers")).targets)
+    assert re.search(r"^\S+ \['\d'\]$", told, re.MULTILINE)
 
 
 def test_the_folder_is_the_whole_record(finished):

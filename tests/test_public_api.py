@@ -16,6 +16,11 @@ SIGNATURES = {
     "fofa_deploy.gate.pytest_plugin.Gate.check": (
         "(self, candidate, baseline=None, *, quick=False, trend=False, profile=None, trust_engine=False, inconclusive='skip')"
     ),
+    "fofa_deploy.distill.taps.tap": "(model, image_shape, stages=4, names=())",
+    "fofa_deploy.distill.objective.Objective": "(student, teacher, plan)",
+    "fofa_deploy.distill.objective.Objective.forward": "(self, images, labels, shown=None)",
+    "fofa_deploy.distill.objective.Objective.diagnostics": "(self, images, labels, shown=None)",
+    "fofa_deploy.distill.objective.Objective.parameter_groups": "(self, lr, weight_decay)",
     "fofa_deploy.profile.find_profile": "(name_or_path)",
     "fofa_deploy.profile.installed_profiles": "()",
     "fofa_deploy.backend.backend_names": "()",

@@ -21,6 +21,7 @@ from tiny import SIDE, build, run_cli, write_graph
 from fofa_deploy.adopt import KEY, Preparation, read_sidecar
 from fofa_deploy.config import RunPlan, load_plan
 from fofa_deploy.errors import GraphError, IntegrityError, PlanError
+from fofa_deploy.lookup import look_up
 from fofa_deploy.pipeline import PLAN, record_plan, reopened
 from fofa_deploy.progress import Quiet
 from fofa_deploy.store import Store
@@ -151,16 +152,16 @@ def test_junk_is_no_onnx_file(tmp_path, content):
 def test_another_plan_in_the_same_folder_is_refused_and_says_what_changed(tmp_path):
     first, other = load_plan("demo"), load_plan("demo", ("seed=7", "distill.epochs=2"))
     with Store(tmp_path) as store:
-        record_plan(store, other, force=False)
-        record_plan(store, first, force=False)  # nothing has been made from the other one yet
+        record_plan(store, other, look_up(other), force=False)
+        record_plan(store, first, look_up(first), force=False)  # nothing has been made from the other one yet
         store.run("data", {}, lambda out: None)
-        record_plan(store, first, force=False)
+        record_plan(store, first, look_up(first), force=False)
         with pytest.raises(PlanError) as caught:
-            record_plan(store, other, force=False)
+            record_plan(store, other, look_up(other), force=False)
         assert "distill.epochs was 10, is 2; seed was 0, is 7" in caught.value.message
         assert "--force" in caught.value.action
         assert RunPlan.model_validate_json((tmp_path / PLAN).read_bytes()) == first
-        record_plan(store, other, force=True)
+        record_plan(store, other, look_up(other), force=True)
     assert RunPlan.model_validate_json((tmp_path / PLAN).read_bytes()) == other
 
 
@@ -172,7 +173,7 @@ def test_a_damaged_plan_in_a_run_directory_is_named(tmp_path, content):
     with Store(tmp_path) as store:
         store.run("data", {}, lambda out: None)
         with pytest.raises(PlanError, match=PLAN):
-            record_plan(store, load_plan("demo"), force=False)
+            record_plan(store, load_plan("demo"), look_up(load_plan("demo")), force=False)
 
 
 def test_a_missing_artifact_file_is_named(tmp_path):

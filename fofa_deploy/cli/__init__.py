@@ -102,7 +102,7 @@ def main() -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; run the same command again to go on", err=True)
+        click.echo("interrupted: run the same command again", err=True)
         sys.exit(130)
     except FofaError as error:
         tell(error)

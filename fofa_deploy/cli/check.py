@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from fofa_deploy.cli import options
+from fofa_deploy.cli import options, tell
+from fofa_deploy.errors import UserError
 
 if TYPE_CHECKING:
+    from fofa_deploy.gate.baseline import Kept
     from fofa_deploy.gate.verdicts import GateReport
 
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -56,36 +59,57 @@ def command(
     if plot and not history:
         raise click.UsageError("--plot draws a history: name it with --history")
     from fofa_deploy.cli.show import progress
-    from fofa_deploy.gate.baseline import write_baseline
     from fofa_deploy.gate.check import Options, check
     from fofa_deploy.gate.history import append_history, picture, read_history
-    from fofa_deploy.gate.sinks import write
+    from fofa_deploy.gate.sinks import make_room, write
 
+    for file in filter(None, (junit, markdown, history, plot)):
+        make_room(file)
+    if history and plot and history.exists():
+        read_history(history)  # a line that is none is told before the race
     timed = bool(update_baseline or history)
     settings = Options(quick=quick, trend=trend, timed=timed, profile=profile_name, trusted=trust_engine)
     report, kept = check(candidate, baseline, progress(quiet), settings)
-    _render(report, junit, markdown)
-    if history:
-        append_history(history, report)
-        if plot:
-            write(plot, picture(read_history(history)))
     _show(report, as_json)
+    outputs = _rendered(report, junit, markdown)
+    if history:
+        outputs.append(lambda: append_history(history, report))
+        if plot:
+            outputs.append(lambda: write(plot, picture(read_history(history))))
     if update_baseline:
-        without = "".join(f", without {name}" for name in report.figures if name not in kept)
-        click.echo(f"baseline: {write_baseline(update_baseline, report, kept)}{without}", err=True)
-    sys.exit(report.exit_code)
+        outputs.append(lambda: _keep(update_baseline, report, kept))
+    written = [_written(output) for output in outputs]
+    sys.exit(report.exit_code or (0 if all(written) else UserError.exit_code))
 
 
-def _render(report: GateReport, junit: Path | None, markdown: Path | None) -> None:
+def _rendered(report: GateReport, junit: Path | None, markdown: Path | None) -> list[Callable[[], None]]:
     from fofa_deploy.gate import sinks
 
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
+    outputs = []
     if junit:
-        sinks.write(junit, sinks.junit(report))
+        outputs.append(lambda: sinks.write(junit, sinks.junit(report)))
     if markdown:
-        sinks.write(markdown, sinks.markdown(report))
-    if summary:
-        sinks.append(Path(summary), sinks.markdown(report))
+        outputs.append(lambda: sinks.write(markdown, sinks.markdown(report)))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        outputs.append(lambda: sinks.append(Path(summary), sinks.markdown(report)))
+    return outputs
+
+
+def _keep(update_baseline: Path, report: GateReport, kept: dict[str, Kept]) -> None:
+    from fofa_deploy.gate.baseline import write_baseline
+
+    without = "".join(f", without {name}" for name in report.figures if name not in kept)
+    click.echo(f"baseline: {write_baseline(update_baseline, report, kept)}{without}", err=True)
+
+
+def _written(output: Callable[[], None]) -> bool:
+    """A file that cannot be written hides neither the verdict nor another file."""
+    try:
+        output()
+    except UserError as error:
+        tell(error)
+        return False
+    return True
 
 
 def _show(report: GateReport, as_json: bool) -> None:

@@ -14,7 +14,10 @@ def command(run: Path) -> None:
     from rich.markup import escape
 
     from fofa_deploy.cli.show import table
+    from fofa_deploy.recorded import recorded_plan
     from fofa_deploy.store import manifests
 
     rows = [[escape(m.stage), escape(m.finished_at), f"{m.seconds:.1f}", escape(m.why)] for m in manifests(run)]
+    if not rows:
+        recorded_plan(run)  # of another folder it says what that is not
     table("", ("stage", "finished", "seconds", "why it ran"), rows)

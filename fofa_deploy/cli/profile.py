@@ -51,6 +51,9 @@ def _json(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
 @click.option("--ssh-config", type=options.FILE, help="OpenSSH configuration to use instead of your own.")
 @click.option("--import", "results", type=options.FILE, help="Take in the results.json of a bundle.")
 @click.option(
+    "--as", "device", metavar="NAME", help="What to call the device of --import; default: by its CPU, as equal boards are."
+)
+@click.option(
     "--json",
     "json_to",
     is_flag=False,
@@ -69,6 +72,7 @@ def command(
     python: str | None,
     ssh_config: Path | None,
     results: Path | None,
+    device: str | None,
     json_to: str | None,
     quiet: bool,
 ) -> None:
@@ -79,6 +83,8 @@ def command(
     """
     from fofa_deploy.cli.show import progress
 
+    if device and not results:
+        raise click.UsageError("--as names the device of --import")
     if results and (hosts or batches or threads or source.others):
         raise click.UsageError("--import takes what was measured elsewhere: give it alone")
     if as_is.meant(source) and not results:
@@ -89,7 +95,7 @@ def command(
 
         tuner.sweep(batches, threads)
         if results:
-            rows = [import_results(results.read_bytes(), str(results), tuner, profiles)]
+            rows = [import_results(results.read_bytes(), str(results), tuner, profiles, device)]
         else:
             rows = [row for p in profiles for row in profile_on(places(p, hosts, python, ssh_config), tuner, p)]
         _tell(rows, json_to)  # before they are kept: what was measured far away must not be lost with a report

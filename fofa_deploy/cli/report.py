@@ -10,7 +10,7 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def command(run: Path) -> None:
-    """Write the reports of RUN again from its report.json; without one, measure what was built and write the first."""
+    """Write the reports of RUN again from its report.json; without one, measure what was trained and write the first."""
     from fofa_deploy.report import read_report, write_report
 
     path = run / "report.json"
@@ -20,6 +20,8 @@ def command(run: Path) -> None:
         from fofa_deploy.cli.show import progress
         from fofa_deploy.pipeline import reopened
 
+        with reopened(run, progress(quiet=False), stored=True) as trained:
+            trained.student  # noqa: B018 - where it is not there yet, says so: a report is no reason to train for a night
         with reopened(run, progress(quiet=False), stored=False) as finished:
             finished.report(*finished.targets())
     click.echo((run / "report.html").absolute())

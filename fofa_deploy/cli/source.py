@@ -140,7 +140,11 @@ def keep(source: Source, rows: list[TargetRow]) -> None:
     from fofa_deploy.report import read_report, write_report
     from fofa_deploy.report.elsewhere import joined
 
+    if source.path.is_file():
+        return
     if not (source.path / "report.json").is_file():
+        action = f"fofa-deploy report {source.path} writes it; then do this again"
+        click.echo(f"notice: not kept: {source.path} has no report yet -> {action}", err=True)
         return
     try:
         report = read_report(source.path)

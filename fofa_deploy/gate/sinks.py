@@ -46,7 +46,8 @@ def markdown(report: GateReport) -> str:
 
     order = (Verdict.FAIL, Verdict.INCONCLUSIVE, Verdict.IMPROVED, Verdict.PASS)
     lines = [f"## {SIGNS[report.verdict]} fofa-deploy check: {report.verdict}", ""]
-    lines += [f"`{COMPARED[report.baseline is not None]}` on {safe(report.environment.cpu)}, {report.environment.cores} cores; "]
+    against = safe(report.baseline) if report.baseline else "its budgets"
+    lines += [f"{safe(report.candidate)} against {against} on {safe(report.environment.cpu)}, {report.environment.cores} cores; "]
     lines[-1] += f"{sum(report.launches.values())} launches in {words.duration(report.seconds)}"
     lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     for finding in sorted(report.findings, key=lambda f: order.index(f.verdict)):
@@ -54,9 +55,6 @@ def markdown(report: GateReport) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", *(f"- {safe(notice)}" for notice in report.notices)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-COMPARED = {True: "candidate against baseline", False: "candidate against its budgets"}
 
 
 def cells_of(finding: Finding) -> list[str]:
@@ -73,14 +71,26 @@ def _figure(value: float | None, unit: str) -> str:
     return shown.get(unit, f"{value:.6g}")
 
 
+def make_room(path: Path) -> None:
+    """The folder for an output that comes later.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}", "choose another path") from error
+
+
 def write(path: Path, text: str) -> None:
     """Write one output whole.
 
     Raises:
         UserError: it cannot be written.
     """
+    make_room(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text.encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}", "choose another path") from error

@@ -22,6 +22,7 @@ from fofa_deploy.gate.answers import classes_of
 from fofa_deploy.gate.baseline import BaselineTarget, baseline_file, kept_files, read_baseline
 from fofa_deploy.measure import Candidate
 from fofa_deploy.profile import find_profile
+from fofa_deploy.recorded import recorded_profiles
 from fofa_deploy.report import read_report
 from fofa_deploy.results import Environment, RunReport, TargetRow
 from fofa_deploy.runner.receive import RefusedError, unpack
@@ -136,7 +137,7 @@ def _opened(path: Path, profile: str | None) -> Source:
 
 def _run(root: Path, given: str | None) -> Source:
     plan, report = load_plan(str(root / PLAN)), read_report(root)
-    profiles = {profile.name: profile for profile in map(find_profile, plan.targets)}
+    profiles = {profile.name: profile for profile in recorded_profiles(root, plan)}
     if given and (instead := find_profile(given)).name in profiles:
         profiles[instead.name] = instead
     # Rows of devices and profiles that the plan does not name are there, too: `profile` keeps what it measured.
@@ -200,7 +201,8 @@ def _artifact(folder: Path, profile: str | None) -> Source:
         golden = folder / GOLDEN
         return Source(folder, {target: Subject(target, artifact, hardware, golden if golden.is_file() else None)})
     plan, target = load_plan(str(root / PLAN)), folder.resolve().parent.name
-    profiles = {found.name: found for found in map(find_profile, [*plan.targets, *([profile] if profile else [])])}
+    given = [find_profile(profile)] if profile else []
+    profiles = {found.name: found for found in (*recorded_profiles(root, plan), *given)}
     hardware = profiles.get(target)
     return Source(folder, {target: Subject(target, artifact, hardware, *_evidence(root, plan, artifact))}, plan=plan)
 

@@ -144,28 +144,42 @@ def bundle(tuner: Tuner, profiles: Sequence[HardwareProfile], out: Path) -> None
     tried = [(profile, row) for profile in profiles for row in tuner.attempt(aimed(profile, CARRIED))]
     found = [(profile, row) for profile, row in tried if row.status in SENT]
     if len(found) != 1:
-        names = ", ".join(f"--profile {p.name} --recipe {row.recipe}" for p, row in found)
-        raise UserError(f"{len(found)} artifacts could be meant", f"choose one: {names}" if names else tried[0][1].reason)
+        raise _unclear(found, tried[0][1], profiles[0])
     ((profile, row),) = found
     candidate = tuner.candidate(profile, row)
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_bundle(candidate, job_of(candidate, tuner.settings), out)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror or error}", "free space or choose another file") from error
 
 
-def import_results(content: bytes, where: str, tuner: Tuner, profiles: Sequence[HardwareProfile]) -> TargetRow:
+def _unclear(found: Sequence[tuple[HardwareProfile, TargetRow]], first: TargetRow, profile: HardwareProfile) -> UserError:
+    names = ", ".join(f"--profile {p.name} --recipe {row.recipe}" for p, row in found)
+    if names:
+        return UserError(f"{len(found)} artifacts could be meant", f"choose one: {names}")
+    action = f"fofa-deploy quantize RUN --profile {profile.name} builds what there is"
+    return UserError(f"there is no artifact for {profile.name}: {first.reason}", action)
+
+
+def import_results(
+    content: bytes, where: str, tuner: Tuner, profiles: Sequence[HardwareProfile], device: str | None = None
+) -> TargetRow:
     """The row of a bundle that somebody carried to a device.
+
+    Args:
+        device: what to call it; by its CPU where nothing is said, and then devices of one kind are one.
 
     Raises:
         IntegrityError: the results are damaged, or belong to no artifact here.
     """
     results = read_results(content, where)
+    if results.job is None:
+        raise IntegrityError(f"{where} does not say which bundle it belongs to", "run the bundle again there")
     profile = next((p for p in profiles if results.job and p.name == results.job.target), None)
-    if results.job is None or profile is None:
-        raise IntegrityError(
-            f"{where} belongs to none of {', '.join(p.name for p in profiles)}", "name the profile it was bundled for"
-        )
+    if profile is None:
+        action = f"name the profile it was bundled for: --profile {results.job.target}, or where that file is"
+        raise IntegrityError(f"{where} belongs to none of {', '.join(p.name for p in profiles)}", action)
     row = next((r for r in tuner.attempt(aimed(profile, CARRIED)) if r.recipe == results.job.recipe and r.artifact), None)
     if row is None:
         raise IntegrityError(
@@ -175,8 +189,7 @@ def import_results(content: bytes, where: str, tuner: Tuner, profiles: Sequence[
     candidate = tuner.candidate(profile, row)
     job = job_for(candidate, asked.grid, asked.measure, tuner.settings.limits)
     limits = {"build_seconds": asked.build_seconds, "run_seconds": asked.run_seconds, "memory_bytes": asked.memory_bytes}
-    cpu = results.machine().cpu
-    there = row.model_copy(update={**NOT_FROM_HERE, "target": f"{profile.name} on {cpu}"})
+    there = row.model_copy(update={**NOT_FROM_HERE, "target": f"{profile.name} on {device or results.machine().cpu}"})
     return tuner.choose(profile, [_believed(results, job.model_copy(update=limits), candidate.golden, there, tuner)])[0]
 
 

@@ -45,6 +45,8 @@ def read_report(path: Path) -> RunReport:
 def _read_object(file: Path) -> dict[str, object]:
     try:
         data = json.loads(file.read_bytes(), parse_constant=_refuse)
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is not there", "write it: fofa-deploy report RUN, once the student is trained") from error
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}", REPAIR) from error
     except (ValueError, RecursionError) as error:

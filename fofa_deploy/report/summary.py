@@ -90,7 +90,8 @@ def _latency_clause(row: TargetRow, reference: TargetRow | None) -> Iterator[str
     if row.latency_ms:
         against = ""
         if row.speedup is not None and reference and reference.latency_ms:
-            against = f" (reference: {words.milliseconds(reference.latency_ms.p50)} ms; {words.factor(row.speedup)} as fast)"
+            beside = words.milliseconds(row.speedup * row.latency_ms.p50)  # in this target's race, not in the first one's
+            against = f" (reference: {beside} ms; {words.factor(row.speedup)} as fast)"
         yield f"answers in {words.milliseconds(row.latency_ms.p50)} ms{against}"
 
 

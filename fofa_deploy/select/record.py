@@ -59,7 +59,7 @@ class Judged(Frozen):
             return "; ".join(missed)
         if self.ready:
             return "is there already; another is as good and faster, or better"
-        return f"dropped after {len(self.rungs)} of the rungs"
+        return f"dropped after {len(self.rungs)} {'rung' if len(self.rungs) == 1 else 'rungs'}"
 
 
 class Choice(Frozen):

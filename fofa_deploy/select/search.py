@@ -166,10 +166,10 @@ class Selector:
 
     def _bench(self, candidate: Candidate, store: Store, calibration: Path) -> tuple[Workbench, int]:
         workshop, plan = self.halving.workshop, self.plan
-        workshop.progress.say(f"capture {candidate.name}")
         model = workshop.new(candidate.student)
 
         def work(out: Path) -> None:
+            workshop.progress.say(f"capture {candidate.name}")
             data = workshop.seen_by(candidate.student)
             told = candidate.student.model, preprocessing(data.plan), data.class_names, data.validation
             capture(model, *told, out, plan.export.input)

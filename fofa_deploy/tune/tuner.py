@@ -214,7 +214,7 @@ def _why(best: TargetRow, rows: Sequence[TargetRow]) -> str:
     passed = [p50(row) for row in rows if row.status is Status.VERIFIED]
     if len(passed) == 1:
         return "the only recipe inside the budget"
-    return f"fastest of {len(passed)} inside the budget, {max(passed) / p50(best):.2f}x the slowest of them"
+    return f"fastest of {len(passed)} inside the budget, {max(passed) / p50(best):.2f}x as fast as the slowest of them"
 
 
 def asked_for(recipes: Sequence[Recipe], name: str | None) -> list[Recipe]:

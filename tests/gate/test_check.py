@@ -259,6 +259,30 @@ def test_a_plot_needs_a_history(baseline_run):
     assert "--history" in done.stderr
 
 
+def test_a_file_that_cannot_be_written_hides_no_verdict_and_no_other_file(baseline_run, tmp_path):
+    (tmp_path / "report.xml").mkdir()
+    done, judged = run_check(baseline_run, "--junit", tmp_path / "report.xml", "--markdown", tmp_path / "report.md")
+    assert (done.returncode, judged.verdict) == (2, "pass")
+    assert "report.xml cannot be written" in done.stderr
+    told = (tmp_path / "report.md").read_text()
+    assert f"{baseline_run.name} against its budgets" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--history", "log.jsonl", "--plot", "plot.svg"], "log.jsonl, line 1, is no entry"),
+        (["--junit", "log.jsonl/report.xml"], "report.xml cannot be written"),
+    ],
+)
+def test_what_cannot_be_written_is_told_before_the_race(baseline_run, tmp_path, arguments, problem):
+    (tmp_path / "log.jsonl").write_text("not a line of it\n")
+    done = run_cli("check", baseline_run, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert problem in done.stderr
+    assert done.stdout == ""
+
+
 # --- what must not pass unseen
 
 
@@ -268,7 +292,7 @@ def test_a_target_that_nothing_is_good_enough_for_fails_without_any_baseline(cop
     assert (judged.exit_code, kept) == (1, {})
     assert found(judged, "artifact").reason.endswith(": it broke")
     done = run_cli("check", copy, "--update-baseline", tmp_path / "base", "--quiet")
-    assert done.returncode == 2
+    assert done.returncode == 1, "a failure is one, whatever became of the files"
     assert "no target has an artifact to keep" in done.stderr
     assert "it broke" in done.stdout, "the findings that the message names"
     assert not (tmp_path / "base").exists()
