@@ -259,11 +259,12 @@ def test_a_plot_needs_a_history(baseline_run):
     assert "--history" in done.stderr
 
 
-def test_a_file_that_cannot_be_written_hides_no_verdict_and_no_other_file(baseline_run, tmp_path):
-    (tmp_path / "report.xml").mkdir()
-    done, judged = run_check(baseline_run, "--junit", tmp_path / "report.xml", "--markdown", tmp_path / "report.md")
+def test_a_file_that_cannot_be_written_hides_no_verdict_and_no_other_file(baseline_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path))
+    done, judged = run_check(baseline_run, "--markdown", tmp_path / "report.md", "--history", tmp_path / "history.jsonl")
     assert (done.returncode, judged.verdict) == (2, "pass")
-    assert "report.xml cannot be written" in done.stderr
+    assert f"{tmp_path} cannot be written" in done.stderr
+    assert (tmp_path / "history.jsonl").is_file()
     told = (tmp_path / "report.md").read_text()
     assert f"{baseline_run.name} against its budgets" in told
 
