@@ -9,7 +9,7 @@ from fofa_deploy.config import AUTO, CandidatePlan, ModelPlan, RunPlan
 from fofa_deploy.errors import ModelError, PlanError, UserError
 from fofa_deploy.models import find_model
 from fofa_deploy.profile import find_profile
-from fofa_deploy.select.candidates import Candidate, expand, listed_for
+from fofa_deploy.select.candidates import distinct, expand, listed_for
 from fofa_deploy.types import HardwareProfile
 
 Named = TypeVar("Named")
@@ -25,12 +25,14 @@ def look_up(plan: RunPlan) -> list[HardwareProfile]:
     problems: list[UserError] = []
     profiles = _each(find_profile, plan.targets, problems)
     lines = _candidates(plan, profiles)
-    expanded = _each(lambda line: _expanded(plan, [line]), lines, problems)
-    students = [candidate.student for found in expanded for candidate in found]
+    expanded = _each(lambda line: expand([line], plan.data.image_size, plan.select.image_sizes), lines, problems)
+    candidates = [candidate for found in expanded for candidate in found]
+    by_name = {line.model for line in lines}  # what a pattern matches is there, and may lack weights: the others have them
+    students = [candidate.student for candidate in candidates if candidate.student.model in by_name]
     students += [plan.student] if plan.student.model != AUTO else []
     _each(_find, [*([plan.teacher] if plan.teacher else []), *students], problems)
     if not problems:
-        _expanded(plan, lines)  # two lines may come to the same
+        distinct(candidates)
         return _distinct(profiles)
     if len(problems) == 1:
         raise problems[0]
@@ -49,10 +51,6 @@ def _candidates(plan: RunPlan, profiles: Sequence[HardwareProfile]) -> Sequence[
     if plan.student.model != AUTO:
         return ()
     return plan.select.candidates or [line for profile in profiles[:1] for line in listed_for(profile)]
-
-
-def _expanded(plan: RunPlan, lines: Sequence[CandidatePlan]) -> Sequence[Candidate]:
-    return expand(lines, plan.data.image_size, plan.select.image_sizes)
 
 
 def _each(find: Callable[[Named], Found], names: Iterable[Named], problems: list[UserError]) -> list[Found]:

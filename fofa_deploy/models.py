@@ -83,7 +83,7 @@ def _timm_config(name: str, pretrained: bool) -> Any:  # noqa: ANN401 - timm's P
     except RuntimeError as error:
         tags = ", ".join(timm.list_pretrained(f"{architecture}.*"))
         raise ModelError(f"timm has no weights {name!r}", f"take one of {tags}" if tags else "leave out the tag") from error
-    if pretrained and not (config and config.has_weights):
+    if pretrained and config is not None and not config.has_weights:  # none for names of old, which timm still knows
         action = "set pretrained = false, or name a checkpoint or another model"
         raise ModelError(f"timm has no pretrained weights for {name!r}", action)
     return config

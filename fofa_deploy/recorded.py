@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def record_plan(store: Store, plan: RunPlan, profiles: Sequence[HardwareProfile]
 
 
 def recorded_profiles(out: Path, plan: RunPlan) -> list[HardwareProfile]:
-    """Of the targets of the plan in ``out``; a file that is gone, as where a run was carried to, is taken as it was recorded.
+    """Of the targets of the plan in ``out``; what is not there, as where a run was carried to, is taken as it was recorded.
 
     Raises:
         PlanError: one is neither there nor recorded.
@@ -47,13 +48,26 @@ def recorded_profiles(out: Path, plan: RunPlan) -> list[HardwareProfile]:
 
 
 def _recorded(file: Path, target: str) -> HardwareProfile:
-    if not is_path(target) or expanded(target).is_file() or not file.is_file():
-        return find_profile(target)
     try:
-        told = dict(json.loads(file.read_bytes()))
-    except ValueError as error:
-        raise PlanError(f"{file} is not what was recorded: {error}", "make the run again") from error
-    return validate(told[target], HardwareProfile, f"{file}, {target}") if target in told else find_profile(target)
+        return find_profile(target)
+    except PlanError:
+        if not file.is_file() or (is_path(target) and os.path.isfile(expanded(target))):  # noqa: PTH113 - Path's raises in closed folders
+            raise
+        told = _profiles(file)
+        if target not in told:
+            raise
+    return validate(told[target], HardwareProfile, f"{file}, {target}")
+
+
+def _profiles(file: Path) -> dict[str, dict[str, object]]:
+    action = "remove it, and name profiles that are there with --profile"
+    try:
+        told = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise PlanError(f"{file} is not what was recorded: {error}", action) from error
+    if not isinstance(told, dict) or not all(isinstance(profile, dict) for profile in told.values()):
+        raise PlanError(f"{file} is not what was recorded: it holds no profiles by name", action)
+    return told
 
 
 def recorded_plan(out: Path) -> RunPlan:

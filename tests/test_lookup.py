@@ -122,9 +122,16 @@ def test_a_profile_is_recorded_with_the_run(tmp_path):
     assert recorded_profiles(tmp_path / "run", plan)[0].description == "as it is"
     file.unlink()
     assert recorded_profiles(tmp_path / "run", plan)[0].description == "as it was"
-    (tmp_path / "run" / PROFILES).write_text("{")
-    with pytest.raises(PlanError, match=PROFILES):
-        recorded_profiles(tmp_path / "run", plan)
+    for damage in ("{", "5", "[1]", '{"a": 1}', "[" * 5000):
+        (tmp_path / "run" / PROFILES).write_text(damage)
+        with pytest.raises(PlanError, match=PROFILES):
+            recorded_profiles(tmp_path / "run", plan)
+
+
+def test_names_of_old_and_patterns_may_have_weights():
+    """Which is found when the network is made; another match of the pattern has them."""
+    look_up(_plan(student={"model": "timm:tf_efficientnet_b0_ns", "pretrained": True}))
+    look_up(_plan(student={"model": "auto"}, select={"candidates": [{"model": "timm:mobilenetv3_*", "pretrained": True}]}))
 
 
 def test_a_dry_run_looks_them_up(tmp_path):

@@ -20,7 +20,7 @@ def _zip(ctx: click.Context, param: click.Parameter, value: Path) -> Path:
 @click.argument("run", type=options.EXISTING_FOLDER)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), callback=_zip, required=True, help="The zip file to write.")
 @options.hardware
-@click.option("--recipe", help="Which recipe; default: the one that was chosen, or the only one.")
+@click.option("--recipe", help="Which recipe; default: the one that was chosen for the profile, or the only one.")
 @options.quiet
 def command(run: Path, out: Path, profile_name: str | None, recipe: str | None, quiet: bool) -> None:
     """Pack an artifact of RUN with golden inputs and a runner, for a device that cannot be reached.
@@ -34,16 +34,18 @@ def command(run: Path, out: Path, profile_name: str | None, recipe: str | None, 
 
     with reopened(run, progress(quiet), stored=True) as opened:
         profiles = [find_profile(profile_name)] if profile_name else opened.profiles
-        wanted = recipe or _chosen(run, [profile.name for profile in profiles])
+        wanted = recipe or (_chosen(run, profiles[0].name) if len(profiles) == 1 else None)
         bundle(opened.tuner(wanted, build=False, timed=False), profiles, out)
     click.echo(out)
 
 
-def _chosen(run: Path, targets: list[str]) -> str | None:
-    """The recipe of the only artifact that the report chose on these targets."""
+def _chosen(run: Path, target: str) -> str | None:
+    """The recipe that the report chose, where there is one that says so."""
+    from fofa_deploy.errors import UserError
     from fofa_deploy.report import read_report
 
-    if not (run / "report.json").is_file():
+    try:
+        rows = read_report(run).targets
+    except UserError:
         return None
-    chosen = [row.recipe for row in read_report(run).targets if row.chosen and row.target in targets]
-    return chosen[0] if len(chosen) == 1 else None
+    return next((row.recipe for row in rows if row.chosen and row.target == target), None)

@@ -70,7 +70,6 @@ def command(
     timed = bool(update_baseline or history)
     settings = Options(quick=quick, trend=trend, timed=timed, profile=profile_name, trusted=trust_engine)
     report, kept = check(candidate, baseline, progress(quiet), settings)
-    _show(report, as_json)
     outputs = _rendered(report, junit, markdown)
     if history:
         outputs.append(lambda: append_history(history, report))
@@ -78,8 +77,11 @@ def command(
             outputs.append(lambda: write(plot, picture(read_history(history))))
     if update_baseline:
         outputs.append(lambda: _keep(update_baseline, report, kept))
-    written = [_written(output) for output in outputs]
-    sys.exit(report.exit_code or (0 if all(written) else UserError.exit_code))
+    problems = [problem for output in outputs if (problem := _problem(output))]
+    _show(report, as_json)
+    for problem in problems:
+        tell(problem)
+    sys.exit(report.exit_code or (UserError.exit_code if problems else 0))
 
 
 def _rendered(report: GateReport, junit: Path | None, markdown: Path | None) -> list[Callable[[], None]]:
@@ -102,14 +104,13 @@ def _keep(update_baseline: Path, report: GateReport, kept: dict[str, Kept]) -> N
     click.echo(f"baseline: {write_baseline(update_baseline, report, kept)}{without}", err=True)
 
 
-def _written(output: Callable[[], None]) -> bool:
-    """A file that cannot be written hides neither the verdict nor another file."""
+def _problem(output: Callable[[], None]) -> UserError | None:
+    """Of a file that cannot be written: it is to hide neither the verdict nor another file."""
     try:
         output()
-    except UserError as error:
-        tell(error)
-        return False
-    return True
+    except UserError as problem:
+        return problem
+    return None
 
 
 def _show(report: GateReport, as_json: bool) -> None:

@@ -39,6 +39,12 @@ def _json(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
     return value
 
 
+def _named(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not (value.strip() and value.isprintable()):
+        raise click.BadParameter("write a name of printable characters")
+    return value
+
+
 @click.command()
 @functools.partial(source_options, many=True)
 @as_is_options
@@ -51,7 +57,11 @@ def _json(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
 @click.option("--ssh-config", type=options.FILE, help="OpenSSH configuration to use instead of your own.")
 @click.option("--import", "results", type=options.FILE, help="Take in the results.json of a bundle.")
 @click.option(
-    "--as", "device", metavar="NAME", help="What to call the device of --import; default: by its CPU, as equal boards are."
+    "--as",
+    "device",
+    callback=_named,
+    metavar="NAME",
+    help="What to call the device of --import; default: by its CPU, as equal boards are.",
 )
 @click.option(
     "--json",

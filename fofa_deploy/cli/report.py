@@ -21,7 +21,7 @@ def command(run: Path) -> None:
         from fofa_deploy.pipeline import reopened
 
         with reopened(run, progress(quiet=False), stored=True) as trained:
-            trained.student  # noqa: B018 - where it is not there yet, says so: a report is no reason to train for a night
+            trained.student  # noqa: B018 - where it was never trained, says so: a report is no reason to
         with reopened(run, progress(quiet=False), stored=False) as finished:
             finished.report(*finished.targets())
     click.echo((run / "report.html").absolute())

@@ -144,7 +144,7 @@ def bundle(tuner: Tuner, profiles: Sequence[HardwareProfile], out: Path) -> None
     tried = [(profile, row) for profile in profiles for row in tuner.attempt(aimed(profile, CARRIED))]
     found = [(profile, row) for profile, row in tried if row.status in SENT]
     if len(found) != 1:
-        raise _unclear(found, tried[0][1], profiles[0])
+        raise _unclear(found, tried[0][1].reason if tried else "none could be made", profiles[0])
     ((profile, row),) = found
     candidate = tuner.candidate(profile, row)
     try:
@@ -154,12 +154,13 @@ def bundle(tuner: Tuner, profiles: Sequence[HardwareProfile], out: Path) -> None
         raise UserError(f"{out} cannot be written: {error.strerror or error}", "free space or choose another file") from error
 
 
-def _unclear(found: Sequence[tuple[HardwareProfile, TargetRow]], first: TargetRow, profile: HardwareProfile) -> UserError:
+def _unclear(found: Sequence[tuple[HardwareProfile, TargetRow]], reason: str, profile: HardwareProfile) -> UserError:
     names = ", ".join(f"--profile {p.name} --recipe {row.recipe}" for p, row in found)
     if names:
         return UserError(f"{len(found)} artifacts could be meant", f"choose one: {names}")
-    action = f"fofa-deploy quantize RUN --profile {profile.name} builds what there is"
-    return UserError(f"there is no artifact for {profile.name}: {first.reason}", action)
+    return UserError(
+        f"there is no artifact for {profile.name}: {reason}", "fofa-deploy quantize RUN, with the same --profile, builds it"
+    )
 
 
 def import_results(
@@ -174,18 +175,18 @@ def import_results(
         IntegrityError: the results are damaged, or belong to no artifact here.
     """
     results = read_results(content, where)
-    if results.job is None:
+    asked = results.job
+    if asked is None:
         raise IntegrityError(f"{where} does not say which bundle it belongs to", "run the bundle again there")
-    profile = next((p for p in profiles if results.job and p.name == results.job.target), None)
+    profile = next((profile for profile in profiles if profile.name == asked.target), None)
     if profile is None:
-        action = f"name the profile it was bundled for: --profile {results.job.target}, or where that file is"
+        action = f"name the profile it was bundled for: --profile {asked.target}, or where that file is"
         raise IntegrityError(f"{where} belongs to none of {', '.join(p.name for p in profiles)}", action)
-    row = next((r for r in tuner.attempt(aimed(profile, CARRIED)) if r.recipe == results.job.recipe and r.artifact), None)
+    row = next((r for r in tuner.attempt(aimed(profile, CARRIED)) if r.recipe == asked.recipe and r.artifact), None)
     if row is None:
         raise IntegrityError(
-            f"{where} belongs to recipe {results.job.recipe!r}, which is not built here", "import it where it was bundled"
+            f"{where} belongs to recipe {asked.recipe!r}, which is not built here", "import it where it was bundled"
         )
-    asked = results.job
     candidate = tuner.candidate(profile, row)
     job = job_for(candidate, asked.grid, asked.measure, tuner.settings.limits)
     limits = {"build_seconds": asked.build_seconds, "run_seconds": asked.run_seconds, "memory_bytes": asked.memory_bytes}

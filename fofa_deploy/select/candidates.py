@@ -71,11 +71,16 @@ def expand(
     """
     models = [named for plan in listed for name in _models(plan.model) for named in _variants(plan, name)]
     sizes = image_sizes or (usual,)
-    found = tuple(
+    return distinct(
         _candidate(name, student, size, usual)
         for name, student in models
         for size in ((student.image_size,) if student.image_size else sizes)
     )
+
+
+def distinct(candidates: Iterable[Candidate]) -> tuple[Candidate, ...]:
+    """Raises: PlanError: two of them have one name."""
+    found = tuple(candidates)
     names = [candidate.name for candidate in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         action = "remove the copy, or give each a name of its own in select.candidates"
