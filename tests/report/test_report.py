@@ -419,7 +419,7 @@ def test_a_file_that_is_no_report_is_refused(tmp_path, content, expected):
 
 
 def test_a_missing_report_is_named(tmp_path):
-    with pytest.raises(UserError, match="none.json is not there"):
+    with pytest.raises(UserError, match=r"none\.json is not there"):
         read_report(tmp_path / "none.json")
 
 
