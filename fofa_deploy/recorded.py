@@ -60,7 +60,7 @@ def _recorded(file: Path, target: str) -> HardwareProfile:
 
 
 def _profiles(file: Path) -> dict[str, dict[str, object]]:
-    action = "remove it, and name profiles that are there with --profile"
+    action = "put the profiles back where the plan names them, and remove this file"
     try:
         told = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

@@ -130,8 +130,8 @@ def test_a_profile_is_recorded_with_the_run(tmp_path):
 
 def test_names_of_old_and_patterns_may_have_weights():
     """Which is found when the network is made; another match of the pattern has them."""
-    look_up(_plan(student={"model": "timm:tf_efficientnet_b0_ns", "pretrained": True}))
-    look_up(_plan(student={"model": "auto"}, select={"candidates": [{"model": "timm:mobilenetv3_*", "pretrained": True}]}))
+    assert look_up(_plan(student={"model": "timm:tf_efficientnet_b0_ns", "pretrained": True}))
+    assert look_up(_plan(student={"model": "auto"}, select={"candidates": [{"model": "timm:mobilenetv3_*", "pretrained": True}]}))
 
 
 def test_a_dry_run_looks_them_up(tmp_path):
