@@ -172,7 +172,7 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
-    """Strictly load a checkpoint: every tensor there, none left over, all finite.
+    """Strictly load a checkpoint: every tensor there, none left over, all finite but what the network itself makes infinite.
 
     Raises:
         ModelError: naming what does not fit.
@@ -194,9 +194,16 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if odd := [key for key, value in state.items() if not _is_plain(value, expected[key])]:
         problem = f"checkpoint {path} holds {odd[0]} as {str(state[odd[0]].dtype).removeprefix('torch.')}, {state[odd[0]].layout}"
         raise ModelError(problem, "save the weights as plain tensors of floats")
-    if broken := [key for key, value in state.items() if value.is_floating_point() and not value.float().isfinite().all()]:
+    if broken := [key for key, value in state.items() if not is_sound(value, like=expected[key])]:
         raise ModelError(f"checkpoint {path} has NaN or infinity in {broken[0]}", "use an earlier checkpoint")
     model.load_state_dict(state, strict=True)
+
+
+def is_sound(value: Tensor, like: Tensor | None = None) -> bool:
+    """Whether it has no NaN, and infinity only where the tensor that a network was made with has it: a mask of -inf."""
+    if not value.is_floating_point() or value.float().isfinite().all():
+        return True
+    return like is not None and torch.equal(value.isfinite(), like.isfinite()) and not bool(value.isnan().any())
 
 
 def _is_plain(value: Tensor, expected: Tensor) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import random
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,23 @@ import torch
 from torch import Tensor
 
 from fofa_deploy.errors import IntegrityError, TrainingError
+from fofa_deploy.models import is_sound
 from fofa_deploy.store import write_atomic
 
 KEPT = 2
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
-def save(folder: Path, step: int, state: dict[str, Any]) -> None:
+def save(folder: Path, step: int, state: dict[str, Any], made: Mapping[str, Tensor] | None = None) -> None:
     """Write ``step-N.pt``, and then remove all but it and the one before.
+
+    Args:
+        made: buffers that the network was made with, by the end of their names: infinity in them is no accident.
 
     Raises:
         TrainingError: the state has NaN or infinity in it; nothing is written.
     """
-    refuse_non_finite(state, f"step {step}")
+    _refuse_unsound(state, f"step {step}", made or {})
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -63,10 +68,9 @@ def _steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def refuse_non_finite(state: Any, where: str) -> None:  # noqa: ANN401 - nested dictionaries and lists of tensors
-    """Raise TrainingError naming the first tensor that is not finite."""
+def _refuse_unsound(state: dict[str, Any], where: str, made: Mapping[str, Tensor]) -> None:
     for name, tensor in _tensors(state, ""):
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not is_sound(tensor, next((buffer for end, buffer in made.items() if name.endswith(f".{end}")), None)):
             raise TrainingError(f"{name} has NaN or infinity at {where}", "lower the learning rate, or train in fp32")
 
 

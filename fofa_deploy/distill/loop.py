@@ -34,6 +34,7 @@ from fofa_deploy.distill.objective import Losses, Objective
 from fofa_deploy.errors import IntegrityError, InterruptedRunError, PlanError, TrainingError
 from fofa_deploy.inference import Normalize, predict
 from fofa_deploy.metrics import topk
+from fofa_deploy.models import is_sound
 from fofa_deploy.progress import Progress, Task
 from fofa_deploy.results import Epoch
 
@@ -87,6 +88,7 @@ class Trainer:
         self._normalize = Normalize(self._preprocessing).to(self._device)
         if plan.channels_last:
             self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._made = {name: buffer.cpu() for name, buffer in self._student.named_buffers() if not is_sound(buffer)}
         self._average = average.twin(self._student) if plan.ema else None
         self._transform()
         optimizer = torch.optim.AdamW(objective.parameter_groups(plan.lr, plan.weight_decay), fused=True)
@@ -191,7 +193,7 @@ class Trainer:
             self._diverged("the gradient is not finite")
         self._optimizer.step()
         if self._average is not None:
-            average.follow(self._average, self._student, self._plan.ema, self._step)
+            average.follow(self._average, self._student, self._plan.ema, self._step, self._made)
         self._step += 1
         self._offset += 1
 
@@ -290,7 +292,7 @@ class Trainer:
         mine = {"sums": dict(self._sums), "seen": dict(self._seen), "rng": checkpoint.random_state()}
         ranks = parallel.every(mine)
         if parallel.rank() == 0:
-            checkpoint.save(self._folder / "checkpoints", self._step, {**self._state(), "ranks": ranks})
+            checkpoint.save(self._folder / "checkpoints", self._step, {**self._state(), "ranks": ranks}, self._made)
         parallel.any_rank()
 
     def _state(self) -> dict[str, Any]:

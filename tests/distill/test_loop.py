@@ -242,6 +242,25 @@ def plain(num_classes: int, in_chans: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_chans, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 
 
+def masked(num_classes: int, in_chans: int) -> nn.Module:
+    model = plain(num_classes, in_chans)
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))
+    return model
+
+
+def test_a_mask_of_minus_infinity_is_no_accident(tmp_path, teacher):
+    plan = small_plan("distill.method='kd'").model_copy(update={"student": ModelPlan(model="test_loop:masked")})
+    distilled(plan, tmp_path / "student", teacher)
+    assert workshop(plan).load(plan.student, tmp_path / "student").mask[1] == -math.inf
+
+
+@pytest.mark.parametrize("found", [[0.0, math.nan], [math.inf, 0.0], [math.inf, -math.inf]])
+def test_what_a_mask_turned_into_is_refused(tmp_path, found):
+    made = {"mask": torch.tensor([0.0, -math.inf])}
+    with pytest.raises(TrainingError, match=r"model\.mask has NaN"):
+        checkpoint.save(tmp_path, 1, {"model": {"mask": torch.tensor(found)}}, made)
+
+
 def test_a_student_that_drops_tokens_learns_where_none_are_compared(tmp_path, teacher):
     dropping = SMALL[5][:-1] + ",patch_drop_rate=0.25}"
     distilled(small_plan(dropping, "distill.method='dist'"), tmp_path / "student", teacher)
