@@ -70,7 +70,7 @@ REGIMES = {regime.name: regime for regime in _REGIMES}
 
 @dataclass(frozen=True)
 class Method:
-    """A name, the plan that goes with it, and the settings that tuning may choose from (as many for every method)."""
+    """A name, the plan that goes with it, and the settings that tuning may choose from."""
 
     name: str
     plan: Settings
@@ -133,7 +133,7 @@ RATES = replace(ALONE, choices=tuple({"lr": value} for value in (1e-3, 2e-3, 4e-
 METHODS = (
     replace(ALONE, choices=tuple({"label_smoothing": value} for value in (0.0, 0.05, 0.1))),
     Method("KD", {"method": "kd", "balance": "fixed"}, TEMPERATURES),
-    Method("DKD", {"method": "dkd", "balance": "fixed", "dkd_beta": 2.0}, TEMPERATURES),
+    Method("DKD", {"method": "dkd", "balance": "fixed", "dkd_beta": 2.0}, ({"temperature": 0.5}, *TEMPERATURES)),
     Method("DIST", {"method": "dist", "balance": "fixed"}, TEMPERATURES),
     Method("FitNet", {"method": "fitnet", "balance": "fixed", **THROUGHOUT}, _weights("fitnet", 0.1, 1.0, 10.0)),
     Method("OFA", {"method": "ofa", "balance": "fixed"}, tuple({"ofa_gamma": value} for value in (1.0, 1.5, 2.0, 3.0))),
@@ -199,6 +199,8 @@ ABLATIONS = (
     _default("FOFA with KD for DIST", method="fofa+rsd"),
     Method("FOFA without features", {"method": "rsd+dist", "features_until": 0.5}),
     _default("FOFA with fixed weights", balance="fixed"),
+    Method("RSD with balanced weights", {"method": "rsd", "balance_every": SELDOM, **THROUGHOUT}),
+    Method("DIST with balanced weights", {"method": "dist", "balance_every": SELDOM, "temperature": 2.0}),
 )
 
 NOTES = {
