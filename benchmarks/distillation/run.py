@@ -1,4 +1,5 @@
-"""Distillation methods compared: same students, schedules and augmentation, several seeds, test images read once.
+"""Distillation methods compared: same students, schedules and augmentation, several seeds; of each training
+of a comparison, test images are read once, at its end.
 
 python benchmarks/distillation/run.py rate            # each student's learning rate, alone, on validation images
 python benchmarks/distillation/run.py screen          # forms of feedback, on validation images

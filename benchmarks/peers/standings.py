@@ -32,7 +32,8 @@ Goals, per model and target: (a) at >= {KEPT_ACCURACY:.0%} of fp32's accuracy (w
 what is deployed is at least as fast as the fastest peer that reaches it; (b) something of ours that agrees with fp32 at least as
 often as the fastest peer of all is at least as fast as that; (c) what is deployed is {AHEAD:g}x ahead of the peers' defaults on the
 geometric mean. Ratios are peer / ours with 95 % intervals (Student's) over heats: *yes* and *no* are beyond the interval, *open* is
-inside it.
+inside it. They are geometric means over heats, p50 is the median over heats: where a heat was disturbed the two differ, and the
+interval is wide.
 
 Tools that the project depends on itself (onnxruntime, nncf, openvino, torch) run in its own environment; olive-ai, optimum-onnx,
 optimum-intel and torchao in environments of their own, which see its packages and hold PyTorch and the runtimes at its versions.

@@ -36,6 +36,8 @@ has not been run here.
   nothing.
 - **cost**: training images that the selection showed to each contender times that contender's measured seconds per image (one
   thread), as a share of the same sum over all contenders' whole schedules.
+
+Where one contender is the best at every budget, as by accuracy on one CPU it may be, a regret of 0 says little of other choices.
 """
 
 

@@ -27,9 +27,11 @@ COLUMNS = (
 METHOD = """
 A family is a module of `timm.models`, as `timm.list_modules()` names them. Each sends its classifier with the fewest parameters
 (timm's `test_*` miniatures left out) at the smallest square image of 64 px or more that it takes (* = told to its constructor;
-below 64 px the last map is one pixel), with seeded random weights and 5 classes. A trial is two AdamW steps of FOFA, batches of
-3 and 2, prompts with feedback in every stage that can be prompted, 4 regions of width 16, in a child process with limits on
-time and memory; a trial that fails ends its process.
+below 64 px the last map is one pixel), six of them with four blocks for the sake of memory (depth=4), with seeded random weights
+and 5 classes. A trial is two AdamW steps of FOFA, batches of 3 and 2, prompts with feedback in every stage that can be prompted,
+4 regions of width 16, in a child process with limits on time and memory; a trial that fails ends its process. *Prompted*: how many
+of the teacher's stages could have a prompt; *layouts*: how its stages hand on features, with so many tokens in front of the map's;
+*s / MiB*: what the trial took.
 
 - **Teacher**: weights shifted by noise of 0.02, so that no branch is dead; the student is `mobilenetv3_small_050`, once more on
   larger images. Works means: with b = 0 the prompted features and logits are the plain ones (1e-3 of their root mean square),

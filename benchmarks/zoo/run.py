@@ -50,8 +50,9 @@ PACKAGES = ("torch", "timm", "onnx", "onnxruntime", "openvino", "nncf", "tensorr
 METHOD = """
 A family is a module of `timm.models`, as `timm.list_modules()` names them. Each sends its classifier with the fewest parameters
 (timm's `test_*` miniatures left out) at the smallest square image of 64 px or more that it takes (* = told to its constructor),
-with 5 classes, the same as in [zoo-distill](../zoo-distill/README.md). Weights are random, seeded, and fitted to images so that
-every layer is alive and each logit has mean 0 and variance 1 over 32 images (`lively.py`). Images are crops of real photographs.
+six of them with four blocks for the sake of memory (depth=4), with 5 classes, the same as in
+[zoo-distill](../zoo-distill/README.md). Weights are random, seeded, and fitted to images so that every layer is alive and each
+logit has mean 0 and variance 1 over 32 images (`lively.py`). Images are crops of real photographs.
 
 - **Captured**: exported with a dynamic batch, and the graph says the same as PyTorch in ONNX Runtime at batches of 1, 2 and 8
   (relative error of the logits 1e-3 at most; *error* is what it was). TorchScript is the exporter of what torch.export takes
