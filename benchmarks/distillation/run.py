@@ -5,6 +5,7 @@ python benchmarks/distillation/run.py rate            # each student's learning 
 python benchmarks/distillation/run.py screen          # forms of feedback, on validation images
 python benchmarks/distillation/run.py end             # how long features teach, on validation images
 python benchmarks/distillation/run.py tune            # each method's setting, on validation images
+python benchmarks/distillation/run.py retune          # the same with the teachers as they are now: would it be chosen again?
 python benchmarks/distillation/run.py pace            # what an epoch takes, for equal compute; on a quiet machine
 python benchmarks/distillation/run.py compare         # the table, on test images
 python benchmarks/distillation/run.py report          # README.md and picture from what is recorded
@@ -192,6 +193,11 @@ def tune(regime: study.Regime, seeds: int) -> Iterator[Training]:
                 yield Training("tune", regime, pair, method, choice, TUNING_SEED, epochs, rate)
 
 
+def retune(regime: study.Regime, seeds: int) -> Iterator[Training]:
+    """Every setting once more: teachers were fitted anew since some were tuned. What was chosen stays; the page shows both."""
+    return (dataclasses.replace(training, phase="retune") for training in tune(regime, seeds))
+
+
 def pace(regime: study.Regime, seeds: int) -> Iterator[Training]:
     """Few epochs of every method that equal compute is about, in turns: only seconds from side by side may be divided."""
     _refuse_settled(regime)
@@ -203,7 +209,7 @@ def pace(regime: study.Regime, seeds: int) -> Iterator[Training]:
 def compare(regime: study.Regime, seeds: int) -> Iterator[Training]:
     """Every method at its tuned setting, then ablations and equal compute; seeds outermost, so that what is there is comparable."""
     lines, rates = recorded(), _rates(regime)
-    for methods, seed in product((study.METHODS, (*study.LONGER, *study.ABLATIONS)), range(seeds)):
+    for methods, seed in product((study.METHODS, study.COMPARED[len(study.METHODS) :]), range(seeds)):
         for pair, method in product(study.PAIRS, methods):
             epochs = _epochs(method, regime, pair, lines)
             yield Training("compare", regime, pair, method, _tuned(method, regime, lines), seed, epochs, rates[pair.student])
@@ -254,7 +260,7 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
     return means.index(max(means))
 
 
-PHASES = {"rate": rate, "screen": screen, "end": end, "tune": tune, "pace": pace, "compare": compare}
+PHASES = {"rate": rate, "screen": screen, "end": end, "tune": tune, "retune": retune, "pace": pace, "compare": compare}
 
 
 @click.command()

@@ -199,9 +199,18 @@ ABLATIONS = (
     _default("FOFA with KD for DIST", method="fofa+rsd"),
     Method("FOFA without features", {"method": "rsd+dist", "features_until": 0.5}),
     _default("FOFA with fixed weights", balance="fixed"),
+)
+
+RIVALS = (
     Method("RSD with balanced weights", {"method": "rsd", "balance_every": SELDOM, **THROUGHOUT}),
     Method("DIST with balanced weights", {"method": "dist", "balance_every": SELDOM, "temperature": 2.0}),
+    Method("KD, temperature 1", {"method": "kd", "balance": "fixed", "temperature": 1.0}),
+    Method("DIST, temperature 4", {"method": "dist", "balance": "fixed", "temperature": 4.0}),
+    Method("FitNet, weight 0.1", {"method": "fitnet", "balance": "fixed", **THROUGHOUT, "weights": {"fitnet": 0.1}}),
 )
+"""What others might be with the default's balance, and with the settings that the repeated tuning would choose."""
+
+COMPARED = (*METHODS, *LONGER, *ABLATIONS, *RIVALS)
 
 NOTES = {
     UNPROMPTED: (
