@@ -203,7 +203,7 @@ def is_sound(value: Tensor, like: Tensor | None = None) -> bool:
     """Whether it has no NaN, and infinity only where the tensor that a network was made with has it: a mask of -inf."""
     if not value.is_floating_point() or value.float().isfinite().all():
         return True
-    return like is not None and torch.equal(value.isfinite(), like.isfinite()) and not bool(value.isnan().any())
+    return like is not None and torch.equal(value.isfinite(), like.isfinite().to(value.device)) and not bool(value.isnan().any())
 
 
 def _is_plain(value: Tensor, expected: Tensor) -> bool:

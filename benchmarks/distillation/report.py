@@ -113,14 +113,12 @@ def _settings(lines: Sequence[dict], regime: study.Regime) -> list[str]:
             tried["rate", f"{_student(line)} alone", f"learning rate {line['plan']['lr']:g}"][line["pair"]] = line["validation"]
         elif line["phase"] in ("tune", "retune"):
             own = {name: value for name, value in line["plan"].items() if name in chosen[line["method"]]}
-            (tried if line["phase"] == "tune" else again)["tune", line["method"], json.dumps(own)][line["pair"]] = line[
-                "validation"
-            ]
+            column = tried if line["phase"] == "tune" else again
+            column["tune", line["method"], json.dumps(own)][line["pair"]] = line["validation"]
     if not tried:
         return []
     first = {setting: 100 * mean(found.values()) for setting, found in tried.items()}
-    # What was not repeated had the present teachers already.
-    repeated = {who[:2] for who in again}
+    repeated = {key[:2] for key in again}  # of these, what was not run again had the present teachers and DIST as it should be
     second = {key: 100 * mean({**found, **again[key]}.values()) for key, found in tried.items() if key[:2] in repeated}
     rows = [
         f"| {who} | {setting} | {_ranked(first, key)} | {_ranked(second, key)} | {len(tried[key])} |"
