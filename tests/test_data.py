@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.readers.img_extensions import get_img_extensions
 
 from fofa_deploy.config import DataPlan
 from fofa_deploy.data import augmented, epoch_batches, eval_batches, load_data, preprocessing, scan, sources, write_split
@@ -512,3 +513,50 @@ def test_a_broken_image_without_a_label_is_named_with_its_folder(tmp_path):
         picture(tmp_path / "a" / f"{number:02}.png")
     (tmp_path / "a" / "05.png").write_bytes(b"no image")
     assert "a/05.png (8 bytes)" in broken(load_data(DataPlan(name="images", root=tmp_path, classes=2, image_size=(8, 8)), 0).train)
+
+
+def test_a_class_folder_without_an_image_is_refused(folder):
+    """timm numbers the folders that it finds images in: the labels of those behind would shift."""
+    for split in ("train", "validation"):
+        (folder / split / "ant").mkdir()
+        (folder / split / ".hidden").mkdir()
+    with pytest.raises(DataError, match="class folder .*train/ant holds nothing"):
+        load_data(folder_plan(folder), 0)
+    for split in ("train", "validation"):
+        (folder / split / "ant" / "0.avif").write_bytes(b"?")
+    with pytest.raises(DataError, match="holds 1 files, and no image among them .*jpg"):
+        load_data(folder_plan(folder), 0)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "bmp", "gif", "tiff", "PPM"])
+def test_every_kind_of_file_that_is_decoded_makes_a_class(folder, suffix):
+    for split in ("train", "validation"):
+        picture(folder / split / "ant" / f"0.{suffix}", shade=90)
+    data = load_data(folder_plan(folder), 0)
+    assert data.class_names == ("ant", "cat", "dog")
+    index = next(i for i in range(len(data.test.source.labels)) if data.test.source.labels[i] == 0)
+    assert abs(int(data.test.source.images(np.asarray([index])).mean()) - 90) < 3
+    assert "webp" not in str(get_img_extensions()), "timm's own list is as it was"
+
+
+def test_an_image_beside_the_class_folders_is_refused(folder):
+    for split in ("train", "validation"):
+        picture(folder / split / "stray.png")
+    with pytest.raises(DataError, match="stray.png lies in no class folder"):
+        load_data(folder_plan(folder), 0)
+
+
+def test_a_wrong_number_of_classes_is_refused(folder):
+    assert len(load_data(folder_plan(folder, classes=2), 0).class_names) == 2
+    with pytest.raises(DataError, match="data.classes is 3, and the data have 2"):
+        load_data(folder_plan(folder, classes=3), 0)
+
+
+@pytest.mark.parametrize("kind", ["float", "int"])
+def test_numbers_of_which_nothing_tells_what_is_white_are_refused(folder, kind):
+    numbers = np.full((8, 8), 0.5, np.float32) if kind == "float" else np.full((8, 8), 1 << 20, np.int32)
+    Image.fromarray(numbers).save(folder / "train" / "cat" / "odd.tiff")
+    data = load_data(folder_plan(folder), 0)
+    with pytest.raises(DataError, match="odd.tiff .* save it as 8 or 16 bits"):
+        scan(data.train, Quiet(), "training")
+        scan(data.validation, Quiet(), "validation")

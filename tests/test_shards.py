@@ -12,8 +12,8 @@ from PIL import Image
 
 from fofa_deploy.config import DataPlan
 from fofa_deploy.data import load_data, scan, shards
+from fofa_deploy.data.layouts import open_sources
 from fofa_deploy.data.shards import write_shards
-from fofa_deploy.data.sources import open_sources
 from fofa_deploy.data.splits import Split
 from fofa_deploy.data.write_shards import command, reshard
 from fofa_deploy.errors import DataError
@@ -242,3 +242,14 @@ def test_names_beside_the_shards_are_part_of_the_data(tmp_path):
     names = (tmp_path / shards.CLASSES).read_text().splitlines()
     (tmp_path / shards.CLASSES).write_text("\n".join(["zero", *names[1:]]) + "\n")
     assert load_data(plan_of(tmp_path), 0).digest != before
+
+
+def test_a_line_without_a_name_is_no_class(tmp_path):
+    reshard(DIGITS, tmp_path)
+    listed = tmp_path / shards.CLASSES
+    names = listed.read_text().splitlines()
+    listed.write_text("\n".join(names) + "\n\n\n")
+    assert open_sources(plan_of(tmp_path))[0].class_names == tuple(names)
+    listed.write_text("\n".join([*names[:3], " ", *names[3:]]))
+    with pytest.raises(DataError, match="line 4 names no class"):
+        open_sources(plan_of(tmp_path))

@@ -17,6 +17,9 @@ Pixels = NDArray[np.uint8]
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """Of images that are decoded here. Pillow knows more, and for one of them, PostScript, starts another program."""
 
+SUFFIXES = frozenset({"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"})
+"""Of their files."""
+
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
@@ -64,7 +67,16 @@ def _placed(start: float, end: float, part: float, whole: int) -> tuple[int, int
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grayscale down: Pillow's own conversion clips it to white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    return image
+    """Scale 16-bit grayscale down: Pillow's own conversion clips it to white.
+
+    Raises:
+        ValueError: its numbers are floats, or of more than 16 bits, and nothing tells which of them is white.
+    """
+    if image.mode == "F":
+        raise ValueError("it holds floats, and nothing tells which of them is white: save it as 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+        raise ValueError("it holds numbers beyond 16 bits, and nothing tells which of them is white: save it as 8 or 16 bits")
+    return Image.fromarray((pixels // 257).astype(np.uint8))

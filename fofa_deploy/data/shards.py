@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fofa_deploy.data.decode import SUFFIXES
 from fofa_deploy.errors import DataError
 from fofa_deploy.store import digest
 from fofa_deploy.types import digest_file
 
-SUFFIXES = frozenset({"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"})
 LARGEST = 2**28
 """Bytes of an encoded image that are believed; more would be read into memory whole."""
 
@@ -136,9 +136,12 @@ def class_names(root: Path, *parts: Shards) -> tuple[str, ...]:
     listed = root / CLASSES
     if listed.is_file():
         try:
-            return tuple(listed.read_text(encoding="utf-8").splitlines())
+            names = tuple(listed.read_text(encoding="utf-8").rstrip().splitlines())
         except UnicodeDecodeError as error:
             raise DataError(f"{listed} is not UTF-8 text (byte {error.start})", "save it as UTF-8") from error
+        if empty := [number for number, name in enumerate(names, 1) if not name.strip()]:
+            raise DataError(f"{listed}, line {empty[0]} names no class", "write one name a line, in the order of the labels")
+        return names
     largest = max(int(part.targets.max(initial=0)) for part in parts)
     if largest >= (images := sum(len(part.targets) for part in parts)):
         problem = f"{root} has {images} images, and the largest label is {largest}"

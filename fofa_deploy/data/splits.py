@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from fofa_deploy.config import DataPlan, VerifyPlan
 from fofa_deploy.data.decode import Pixels
-from fofa_deploy.data.sources import Indices, Source, array_digest, open_sources
+from fofa_deploy.data.layouts import open_sources
+from fofa_deploy.data.sources import Indices, Source, array_digest
 from fofa_deploy.errors import DataError
 from fofa_deploy.progress import Progress
 from fofa_deploy.store import digest

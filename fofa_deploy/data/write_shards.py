@@ -12,8 +12,9 @@ from pathlib import Path
 import click
 
 from fofa_deploy.config import DataPlan, load_plan
+from fofa_deploy.data.layouts import open_sources
 from fofa_deploy.data.shards import CLASSES, write_shards
-from fofa_deploy.data.sources import Source, open_sources
+from fofa_deploy.data.sources import Source
 from fofa_deploy.errors import FofaError
 
 
