@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import pickle
+import re
 import struct
 import sys
+import warnings
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -22,6 +25,11 @@ from fofa_deploy.timm_entry import create
 
 MOST_TENSORS = 20_000
 
+CONTAINERS = ("state_dict", "model_state_dict", "model", "net")
+"""Keys under which training scripts keep the weights, one perhaps within another."""
+
+POINTER = b"version https://git-lfs"
+
 
 def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
     """The plan's network for ``classes`` logits and images (B,channels,H,W), with its checkpoint if it names one.
@@ -29,7 +37,8 @@ def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[
     It is pruned last, by the weights that it came with.
 
     Raises:
-        ModelError: no such model, arguments or images it does not take, weights that do not fit, or it cannot be pruned.
+        ModelError: no such model, arguments or images it does not take, other numbers of logits, weights that do not fit, or it
+            cannot be pruned.
     """
     kind, _, name = plan.model.partition(":")
     try:
@@ -40,7 +49,7 @@ def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[
     except FAULTS as error:
         action = "check the model's arguments and image_size"
         raise ModelError(f"{plan.model} cannot be made for images of {image_size[0]} x {image_size[1]}: {error}", action) from error
-    _try_out(model, plan.model, torch.zeros(2, channels, *image_size))
+    _try_out(model, plan.model, torch.zeros(2, channels, *image_size), classes)
     if plan.checkpoint:
         load_weights(model, plan.checkpoint)
     if plan.prune:
@@ -48,15 +57,25 @@ def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[
     return model
 
 
-def _try_out(model: nn.Module, name: str, images: Tensor) -> None:
-    """Some networks take images of a few sizes alone, and do not say so before they see one."""
+def _try_out(model: nn.Module, name: str, images: Tensor, classes: int) -> None:
+    """Some networks take images of a few sizes alone, or classify as they like, and do not say so before they see one."""
     try:
         with evaluating(model), torch.no_grad():
-            model(images)
+            logits = model(images)
     except FAULTS as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         height, width = images.shape[2:]
-        raise ModelError(f"{name} does not take images of {height} x {width}: {reason}", "give it another image_size") from error
+        raise ModelError(
+            f"{name} does not take images of {height} x {width}: {_first_line(error)}", "give it another image_size"
+        ) from error
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    if found != (len(images), classes):
+        problem = f"{name} makes {found} of {len(images)} images, and there are {classes} classes"
+        action = f"make it pass logits of shape (B, {classes}): it is called with num_classes = {classes}"
+        raise ModelError(problem, action)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_size: tuple[int, int]) -> nn.Module:
@@ -66,8 +85,8 @@ def _timm_model(name: str, plan: ModelPlan, classes: int, channels: int, image_s
     try:
         return create(name, {**fixed, **plan.arguments}, **options)
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"the weights of {plan.model} cannot be fetched: {reason}", "connect, or name a checkpoint") from error
+        problem = f"the weights of {plan.model} cannot be fetched: {_first_line(error)}"
+        raise ModelError(problem, "connect, or name a checkpoint") from error
 
 
 def _timm_config(name: str, pretrained: bool) -> Any:  # noqa: ANN401 - timm's PretrainedCfg, or None
@@ -138,11 +157,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelError(f"checkpoint {path} does not exist", "check the path")
+    if path.stat().st_size == 0:
+        raise ModelError(f"checkpoint {path} is empty", "save or download it again")
+    with path.open("rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ModelError(f"checkpoint {path} is the pointer that Git LFS keeps in place of a file", "run git lfs pull")
     try:
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    except (*FAULTS, pickle.UnpicklingError, struct.error, EOFError, OSError) as error:  # damaged pickles raise what they like
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"checkpoint {path} cannot be read as plain tensors: {reason}", "save it as .safetensors") from error
+    except (*FAULTS, OSError) as error:
+        problem = f"checkpoint {path} cannot be read as plain tensors: {_first_line(error)}"
+        raise ModelError(problem, "save the state_dict alone, as .safetensors") from error
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -159,16 +183,30 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of what it goes on to refuse
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (*FAULTS, pickle.UnpicklingError, struct.error, EOFError) as error:  # damaged pickles raise what they like
+        named = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # of words that also advise to run it
+        reason = f"it holds {named[1]}, and to load that would run code" if named else "it is no whole file of torch.save"
+        raise ValueError(reason) from error
+    while isinstance(state, dict) and (inner := next((state[key] for key in CONTAINERS if isinstance(state.get(key), dict)), None)):
+        state = inner
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError("it is not a dictionary of tensors")
-    found = {key.removeprefix("module."): value for key, value in state.items()}
-    if len(found) < len(state):
-        raise ValueError("it has tensors both with and without 'module.' in front of the same name")
-    return found
+    return dict(state)
+
+
+def _unwrapped(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Without the names of what the network was wrapped in: DataParallel's ``module.``, say, or torch.compile's ``_orig_mod.``."""
+    bare = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+    state = bare if len(bare) == len(state) else state
+    while state.keys() != expected and len(wraps := {key.partition(".")[0] + "." for key in state}) == 1:
+        wrap = wraps.pop()
+        if not all(key.startswith(wrap) for key in state) or all(key.startswith(wrap) for key in expected):
+            break
+        state = {key.removeprefix(wrap): value for key, value in state.items()}
+    return state
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
@@ -177,13 +215,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         ModelError: naming what does not fit.
     """
-    state = read_weights(path)
     expected = model.state_dict()
+    state = _unwrapped(read_weights(path), expected.keys())
     missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    reshaped = [key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape]
+    reshaped = [
+        f"{key}: {_shape(state[key])} in the file, {_shape(expected[key])} in the model"
+        for key in sorted(expected.keys() & state.keys())
+        if expected[key].shape != state[key].shape
+    ]
     if missing or extra or reshaped:
         problems = [
-            f"{len(n)} {what} ({n[0]}, ...)"
+            f"{len(n)} {what} ({n[0]}{', ...' if len(n) > 1 else ''})"
             for what, n in (("missing", missing), ("unknown", extra), ("of another shape", reshaped))
             if n
         ]
@@ -204,6 +246,10 @@ def is_sound(value: Tensor, like: Tensor | None = None) -> bool:
     if not value.is_floating_point() or value.float().isfinite().all():
         return True
     return like is not None and torch.equal(value.isfinite(), like.isfinite().to(value.device)) and not bool(value.isnan().any())
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a number"
 
 
 def _is_plain(value: Tensor, expected: Tensor) -> bool:

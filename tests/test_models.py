@@ -1,6 +1,8 @@
 """Models and checkpoints: strict, finite, and never run for what they contain."""
 
 import pickle
+from argparse import Namespace
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -67,10 +69,10 @@ def test_weights_survive_the_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"head__bias": None}, r"1 missing (head.bias, ...)"),
-        ({"tail": torch.zeros(1)}, r"1 unknown (tail, ...)"),
-        ({"head__weight": torch.zeros(10, 4)}, r"1 of another shape (head.weight, ...)"),
-        ({"head__bias": None, "tail": torch.zeros(1)}, "1 missing (head.bias, ...), 1 unknown (tail, ...)"),
+        ({"head__bias": None}, "1 missing (head.bias)"),
+        ({"tail": torch.zeros(1)}, "1 unknown (tail)"),
+        ({"head__weight": torch.zeros(10, 4)}, "1 of another shape (head.weight: 10 x 4 in the file, 3 x 4 in the model)"),
+        ({"head__bias": None, "tail": torch.zeros(1)}, "1 missing (head.bias), 1 unknown (tail)"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_names_the_tensor(tmp_path, changes, words):
@@ -94,13 +96,43 @@ def test_a_refused_checkpoint_changes_no_weight(tmp_path):
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s}])
-def test_a_pt_file_of_tensors_is_read_as_trainers_save_it(tmp_path, wrap):
-    wanted = state()
-    torch.save(wrap({f"module.{key}": value for key, value in wanted.items()}), tmp_path / "w.pt")
-    found = read_weights(tmp_path / "w.pt")
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+@pytest.mark.parametrize("inside", [(), ("state_dict",), ("model_state_dict",), ("model",), ("net",), ("model", "state_dict")])
+@pytest.mark.parametrize("wrap", ["", "module.", "_orig_mod.", "model.", "model._orig_mod.", "module._orig_mod.module."])
+def test_a_pt_file_of_tensors_is_loaded_as_trainers_save_it(tmp_path, inside, wrap):
+    wanted = state(head__bias=torch.full((3,), 0.25))
+    saved = {f"{wrap}{key}": value for key, value in wanted.items()}
+    for container in reversed(inside):
+        saved = {container: saved, "epoch": 3}
+    torch.save(saved, tmp_path / "w.pt")
+    net = Net()
+    load_weights(net, tmp_path / "w.pt")
+    assert torch.equal(net.head.bias, wanted["head.bias"])
+    assert torch.equal(net.body.weight, wanted["body.weight"])
+
+
+def test_a_prefix_of_the_networks_own_is_kept(tmp_path):
+    whole = nn.Sequential(OrderedDict(model=Net()))
+    torch.save(state(), tmp_path / "w.pt")
+    assert "missing (model.body.bias" in refusal(tmp_path / "w.pt", whole)
+    torch.save({f"module.{key}": value for key, value in whole.state_dict().items()}, tmp_path / "w.pt")
+    load_weights(whole, tmp_path / "w.pt")
+
+
+def test_what_lies_beside_the_network_is_named(tmp_path):
+    torch.save({**{f"model.{key}": value for key, value in state().items()}, "criterion.weight": torch.ones(1)}, tmp_path / "w.pt")
+    assert "5 unknown (criterion.weight" in refusal(tmp_path / "w.pt")
+
+
+def test_why_a_checkpoint_cannot_be_read_is_said_in_our_words(tmp_path):
+    path = tmp_path / "w.pt"
+    torch.save({"state_dict": state(), "args": Namespace(lr=1)}, path)
+    assert refusal(path).endswith("it holds argparse.Namespace, and to load that would run code")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "the pointer that Git LFS keeps" in refusal(path)
+    path.write_bytes(b"some text, which is longer than a word")
+    assert refusal(path).endswith("it is no whole file of torch.save")
+    path.write_bytes(b"")
+    assert refusal(path).endswith("is empty")
 
 
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
@@ -124,7 +156,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, suffix, keep):
     path = tmp_path / f"w.{suffix}"
     (save_file if suffix == "safetensors" else torch.save)(state(), path)
     path.write_bytes(path.read_bytes()[:keep])
-    assert "cannot be read as plain tensors" in refusal(path)
+    assert ("cannot be read as plain tensors" if keep else "is empty") in refusal(path)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
@@ -240,7 +272,7 @@ def test_weights_in_fewer_bits_are_weights(tmp_path):
 
 def test_two_tensors_of_one_name_are_refused(tmp_path):
     torch.save({**state(), "module.head.bias": torch.zeros(3)}, tmp_path / "w.pt")
-    assert "of the same name" in refusal(tmp_path / "w.pt")
+    assert "unknown (module.head.bias)" in refusal(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("text", ["raise SystemExit(0)", "1 +", "undefined"])
@@ -249,3 +281,23 @@ def test_a_users_module_that_does_not_import_is_told(tmp_path, monkeypatch, text
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModelError, match=r"does not resolve: (SystemExit|SyntaxError|NameError)"):
         find_model(ModelPlan(model="a_broken_module:net"))
+
+
+class Odd(Net):
+    """Classifies as it likes."""
+
+    def __init__(self, num_classes: int, in_chans: int, passes: str) -> None:
+        super().__init__({"fewer": num_classes - 1, "more": num_classes + 2}.get(passes, num_classes), in_chans)
+        self.passes = passes
+
+    def forward(self, images):
+        logits = super().forward(images)
+        return {"tuple": (logits, logits), "map": logits[..., None]}.get(self.passes, logits)
+
+
+@pytest.mark.parametrize(("passes", "found"), [("fewer", "(2, 2)"), ("more", "(2, 5)"), ("tuple", "a tuple"), ("map", "(2, 3, 1)")])
+def test_a_network_with_other_logits_than_classes_is_refused(passes, found):
+    with pytest.raises(ModelError) as caught:
+        made(f"{__name__}:Odd", arguments={"passes": passes})
+    assert caught.value.message == f"{__name__}:Odd makes {found} of 2 images, and there are 3 classes"
+    assert made(f"{__name__}:Odd", arguments={"passes": "as many"})
