@@ -118,9 +118,10 @@ class Run:
             check_floor(plan, read_summary(folder), len(self.data.class_names))
         return plan, folder
 
-    @property
+    @cached_property
     def _after_scan(self) -> Workshop:
-        """The workshop, once every image is known to be readable."""
+        """The workshop, once all that is to be trained is known to be trainable, and every image to be readable."""
+        self.workshop.rehearse(self.plan)
         self._splits()
         return self.workshop
 

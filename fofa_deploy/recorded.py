@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from fofa_deploy.config import RunPlan, load_plan
 from fofa_deploy.errors import PlanError
 from fofa_deploy.profile import find_profile, is_path
 from fofa_deploy.schema import differences, expanded, validate
 from fofa_deploy.store import Store, write_atomic
+from fofa_deploy.training import MANNER
 from fofa_deploy.types import HardwareProfile
 
 PLAN = "plan.json"
@@ -29,13 +32,23 @@ def record_plan(store: Store, plan: RunPlan, profiles: Sequence[HardwareProfile]
         PlanError: the directory belongs to another plan; says what differs.
     """
     path = store.root / PLAN
-    if path.is_file() and not force and not store.untouched and (before := load_plan(str(path))) != plan:
-        changes = differences(before.model_dump(), plan.model_dump())
+    known = path.is_file() and not force and not store.untouched
+    if known and (changes := differences(_decisive(load_plan(str(path))), _decisive(plan))):
         action = "choose another --out, or --force to go on here: stages that the change does not touch are kept"
         raise PlanError(f"{store.root} was made from another plan: {'; '.join(changes)}", action)
     write_atomic(path, plan.model_dump_json(indent=1).encode())
     told = {target: profile.model_dump(mode="json") for target, profile in zip(plan.targets, profiles, strict=True)}
     write_atomic(store.root / PROFILES, json.dumps(told, indent=1, allow_nan=False).encode())
+
+
+def _decisive(plan: RunPlan) -> dict[str, Any]:
+    """The plan without what decides nothing that is kept: how trainings get on, and what a teacher must pass."""
+    told = plan.model_dump()
+    teacher, distill = told["teacher"] or {}, told["distill"] or {}
+    teacher.pop("floor_top1", None)
+    for table, key in product((teacher.get("fit") or {}, distill), MANNER):
+        table.pop(key, None)
+    return told
 
 
 def recorded_profiles(out: Path, plan: RunPlan) -> list[HardwareProfile]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -60,11 +61,15 @@ class ModelPlan(Frozen):
         return self.pretrained or self.checkpoint is not None
 
 
+MANNER = frozenset({"shard_teacher", "trackers", "workers", "checkpoint_seconds"})
+"""Keys of a training that decide how it gets on, and nothing of what comes out."""
+
+
 class TrainPlan(Frozen):
     """One training: AdamW, linear warm-up, cosine decay."""
 
     epochs: PositiveInt = 30
-    batch_size: PositiveInt = Field(default=128, description="images per optimizer step, over all processes")
+    batch_size: Annotated[int, Field(ge=2)] = Field(default=128, description="images per optimizer step, over all processes")
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     warmup_epochs: NonNegativeFloat = 1.0
@@ -88,7 +93,7 @@ class TrainPlan(Frozen):
 
     def decisive(self) -> dict[str, Any]:
         """The fields that decide a result, and so a stage's key."""
-        return self.model_dump(exclude={"shard_teacher", "trackers", "workers", "checkpoint_seconds"})
+        return self.model_dump(exclude=set(MANNER))
 
 
 class TeacherPlan(ModelPlan):
@@ -168,6 +173,21 @@ FEATURE_TERMS = ("fofa", "rsd", "fitnet")
 MAP_TERMS = ("fofa", "fitnet", "ofa")
 """Those that look at maps between a network's stages; the others do with logits, or with what enters the classifier."""
 
+_USED_BY = {
+    "temperature": ("kd", "dkd", "dist"),
+    "dkd_beta": ("dkd",),
+    "ofa_gamma": ("ofa",),
+    "rsd_lambda": ("rsd",),
+    "features_until": FEATURE_TERMS,
+    "fofa.stages": MAP_TERMS,
+    **{f"weights.{term}": (term,) for term in (*LOGIT_TERMS, *FEATURE_TERMS)},
+}
+"""Terms without which a key of `DistillPlan` does nothing; other keys of fofa are its own."""
+
+_PROMPTS = ("feedback", "fusion", "path", "prompt_every", "prompt_share", "follow")
+_PROMPTED = (*(f"fofa.{key}" for key in _PROMPTS), "weights.regularizer", "weights.anchor", "weights.supervision")
+"""Keys that do nothing where no stage is prompted."""
+
 
 class DistillPlan(TrainPlan):
     method: str = Field(
@@ -200,6 +220,24 @@ class DistillPlan(TrainPlan):
         if parts and not set(parts) & set(LOGIT_TERMS):
             parts.insert(0, "kd")
         return tuple(dict.fromkeys(parts))
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Keys that differ from their default and do nothing: the method has not the terms, or the stages, that they are for."""
+        used = set(self.terms)
+        fofa = {**{f"fofa.{key}": ("fofa",) for key in FofaPlan.model_fields}, **dict.fromkeys(_PROMPTED, ("fofa",))}
+        idle = [key for key, terms in {**fofa, **_USED_BY}.items() if used.isdisjoint(terms)]
+        idle += [] if self.fofa.prompted_stages else _PROMPTED
+        idle += ["balance_every"] if self.balance == "fixed" or not used else []
+        idle += ["fofa.emphasis_power"] if self.fofa.emphasis == "none" else []
+        default = DistillPlan()
+        return tuple(key for key in dict.fromkeys(idle) if attrgetter(key)(self) != attrgetter(key)(default))
+
+    @model_validator(mode="after")
+    def _taught_something(self) -> Self:
+        if not self.weights.ce and not any(getattr(self.weights, term) for term in self.terms):
+            raise ValueError("all weights of the loss are 0: raise weights.ce, or that of a term of the method")
+        return self
 
     @model_validator(mode="after")
     def _prompted(self) -> Self:

@@ -5,8 +5,9 @@ import json
 import pytest
 from tiny import run_cli
 
-from fofa_deploy.config import RunPlan, embedded_plans, load_plan, ready_made
+from fofa_deploy.config import DistillPlan, RunPlan, embedded_plans, load_plan, ready_made
 from fofa_deploy.errors import PlanError
+from fofa_deploy.schema import validate
 
 GOOD = """
 name = "try"
@@ -213,3 +214,28 @@ def test_text_that_is_none_is_told_as_what_it_is(tmp_path):
     (tmp_path / "plan.json").write_text('{"name": "\\ud800"}')
     with pytest.raises(PlanError, match="characters that are none"):
         load_plan(str(tmp_path / "plan.json"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "idle"),
+    [
+        ({}, ()),
+        ({"method": "none"}, ()),
+        ({"method": "kd", "temperature": 4.0, "features_until": 1.0}, ("features_until",)),
+        ({"method": "dist", "temperature": 4.0, "fofa": {"width": 64}, "weights": {"rsd": 2.0}}, ("fofa.width", "weights.rsd")),
+        ({"fofa": {"prompted_stages": [], "feedback": True}, "weights": {"anchor": 1.0}}, ("weights.anchor", "fofa.feedback")),
+        ({"fofa": {"prompted_stages": [-1], "feedback": True}, "weights": {"anchor": 1.0}}, ()),
+        ({"method": "fitnet", "fofa": {"stages": 2, "regions": 4}}, ("fofa.regions",)),
+        ({"balance": "fixed", "balance_every": 7}, ("balance_every",)),
+    ],
+)
+def test_what_a_method_has_no_use_for_is_named(plan, idle):
+    assert set(validate(plan, DistillPlan, "test").idle) == set(idle)
+
+
+def test_a_loss_without_any_weight_is_refused():
+    with pytest.raises(PlanError, match="all weights of the loss are 0"):
+        validate({"method": "kd", "weights": {"ce": 0.0, "kd": 0.0}}, DistillPlan, "test")
+    assert validate({"method": "kd", "weights": {"ce": 0.0}}, DistillPlan, "test")
+    with pytest.raises(PlanError, match="batch_size"):
+        validate({"batch_size": 1}, DistillPlan, "test")

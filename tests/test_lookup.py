@@ -8,7 +8,7 @@ from tiny import run_cli
 from fofa_deploy.config import RunPlan
 from fofa_deploy.errors import ModelError, PlanError, UserError
 from fofa_deploy.lookup import look_up
-from fofa_deploy.recorded import PROFILES, record_plan, recorded_profiles
+from fofa_deploy.recorded import PROFILES, record_plan, recorded_plan, recorded_profiles
 from fofa_deploy.store import Store
 
 DATA = {"name": "digits", "image_size": (16, 16), "channels": 1}
@@ -139,3 +139,20 @@ def test_a_dry_run_looks_them_up(tmp_path):
     assert done.returncode == 2
     assert "resnt18" in done.stderr
     assert done.stdout == ""
+
+
+def test_how_a_training_gets_on_may_change_from_one_start_to_the_next(tmp_path):
+    def plan(fit: dict, floor: float, **distill):
+        teacher = {"model": "timm:resnet18", "fit": {"epochs": 2, **fit}, "floor_top1": floor}
+        return _plan(student={"model": "timm:resnet18"}, teacher=teacher, distill={"epochs": 2, **distill})
+
+    with Store(tmp_path / "run") as store:
+        record_plan(store, before := plan({}, 0.5), look_up(before), force=False)
+        (tmp_path / "run" / "student").mkdir()
+        (tmp_path / "run" / "student" / "manifest.json").write_text("{}")
+    manner = {"workers": 3, "trackers": ["tensorboard"], "checkpoint_seconds": 5.0}
+    with Store(tmp_path / "run") as store:
+        record_plan(store, after := plan(manner, 0.4, shard_teacher=True, **manner), look_up(after), force=False)
+        assert recorded_plan(tmp_path / "run") == after
+        with pytest.raises(PlanError, match=r"teacher\.fit\.lr was 0\.001, is 0\.1"):
+            record_plan(store, plan({"lr": 0.1}, 0.5), [], force=False)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from fofa_deploy.metrics import compare, topk
+from fofa_deploy.metrics import best_order, compare, topk
 
 LOGITS = np.array([[0.1, 0.9, 0.0], [0.8, 0.1, 0.1], [0.2, 0.3, 0.5], [0.4, 0.5, 0.1]], np.float32)
 LABELS = np.array([1, 0, 0, 0])
@@ -65,3 +65,17 @@ def test_zeros_divide_nothing_by_zero():
 
 def test_one_class_is_always_right():
     assert topk(np.ones((3, 1), np.float32), np.zeros(3, np.int64), 5) == 1.0
+
+
+def test_the_best_order_of_classes_is_found():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 5, 200)
+    logits = np.eye(5, dtype=np.float32)[labels] + rng.normal(0, 0.1, (200, 5)).astype(np.float32)
+    order = np.array([0, 3, 1, 2, 4])
+    moved = np.empty_like(logits)
+    moved[:, order] = logits  # what was logit i is now logit order[i]
+    assert topk(moved, labels, 1) < 0.6
+    share, found = best_order(moved, labels)
+    assert share == 1.0
+    assert found.tolist() == order.tolist()
+    assert best_order(logits, labels)[1].tolist() == [0, 1, 2, 3, 4]

@@ -93,6 +93,9 @@ FORMS = (
 )
 FORMS_BY_NAME = {form.name: form for form in FORMS}
 REFERENCE = "KD"
+CONTESTED = tuple(form for form in FORMS if form.goal or form.name == REFERENCE)
+"""Whose factor a goal hangs on: they get more rounds, after those of all."""
+
 DRAWS = 2000
 
 
@@ -145,20 +148,26 @@ class Timings:
         return ordinary + (median(self.measuring) - ordinary) / every if self.measuring else ordinary
 
 
-def time_pair(pair: str, side: int, rounds: int, done: dict[str, Timings], progress: Terminal) -> Iterator[dict[str, Timings]]:
-    """Every form's steps after each round, going on from ``done``; a round visits all forms in an order of its own."""
+def time_pair(
+    pair: str, side: int, rounds: tuple[int, int], done: dict[str, Timings], progress: Terminal
+) -> Iterator[dict[str, Timings]]:
+    """Every form's steps after each round, going on from ``done``; a round visits its forms in an order of its own.
+
+    Args:
+        rounds: of all forms, and after these of the `CONTESTED`.
+    """
     timings = {form: done.get(form.name) or Timings([], []) for form in FORMS}
-    before = min(len(timing.steps) for timing in timings.values())
-    if before >= rounds:
+    before, total = max(len(timing.steps) for timing in timings.values()), sum(rounds)
+    if before >= total:
         return
-    steppers = {form: Stepper(pair, form, side) for form in FORMS}
+    steppers = {form: Stepper(pair, form, side) for form in (FORMS if before < rounds[0] else CONTESTED)}
     for form, stepper in steppers.items():
         stepper.step(measuring=True)  # memory, lazy parts
         for _ in range(1 + before % form.every):  # kinds of step come in turns: go on where the last process stopped
             stepper.step()
-    with progress.task(pair, rounds, before) as task:
-        for number in range(before, rounds):
-            order = list(FORMS)
+    with progress.task(pair, total, before) as task:
+        for number in range(before, total):
+            order = list(FORMS if number < rounds[0] else CONTESTED)
             random.Random(number).shuffle(order)
             for form in order:
                 timings[form].steps.append(steppers[form].step())
@@ -186,21 +195,24 @@ def _print_memory(pair: str, name: str, side: int) -> None:
 @click.command()
 @click.option("--quick", is_flag=True, help="64 px, four rounds: printed, not recorded.")
 @click.option("--again", is_flag=True, help="Forget what is recorded.")
-@click.option("--rounds", default=12, show_default=True)
+@click.option("--rounds", default=12, show_default=True, help="Of all forms.")
+@click.option("--more", default=48, show_default=True, help="Further rounds, of the forms with a goal and of KD.")
 @click.option("--side", default=224, show_default=True, help="Pixels.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("--pair", type=click.Choice(list(PAIRS)), help="Only this pair.")
 @click.option("--memory-of", hidden=True)
-def main(quick: bool, again: bool, rounds: int, side: int, threads: int, pair: str | None, memory_of: str | None) -> None:
+def main(
+    quick: bool, again: bool, rounds: int, more: int, side: int, threads: int, pair: str | None, memory_of: str | None
+) -> None:
     """Time and weigh every form."""
     torch.set_num_threads(threads)
     if memory_of:
         _print_memory(pair or next(iter(PAIRS)), memory_of, side)
         return
-    side, rounds = (64, 4) if quick else (side, rounds)
+    side, rounds, more = (64, 4, 4) if quick else (side, rounds, more)
     record = Record({"side": side, "batch": BATCH, "threads": threads}, None if quick else HERE / "results.json", again)
     for name in [pair] if pair else PAIRS:
-        _fill(record, name, side, rounds)
+        _fill(record, name, side, (rounds, more))
     if quick:
         click.echo(page(record.result))
         return
@@ -234,11 +246,13 @@ class Record:
 
 
 def _code() -> str:
-    """What is timed, in short."""
-    return digest({path.name: path.read_text() for path in sorted(Path(objective.__file__).parent.glob("*.py"))})
+    """What is timed, in short: the modules that a step is made of."""
+    package = objective.__name__.rpartition(".")[0]
+    parts = sorted(name for name in sys.modules if name.startswith(f"{package}."))
+    return digest({name: Path(str(sys.modules[name].__file__)).read_text() for name in parts})
 
 
-def _fill(record: Record, pair: str, side: int, rounds: int) -> None:
+def _fill(record: Record, pair: str, side: int, rounds: tuple[int, int]) -> None:
     rows = record.rows(pair)
     done = {name: Timings(row["steps"], row["measuring_steps"]) for name, row in rows.items()}
     for timings in time_pair(pair, side, rounds, done, Terminal()):
@@ -258,12 +272,13 @@ def _fill(record: Record, pair: str, side: int, rounds: int) -> None:
 def page(result: dict) -> str:
     """The table and what became of the goals, as Markdown."""
     cpu, told = result["environment"]["cpu"], result["conditions"]
-    rounds = min(len(row["steps"]) for rows in result["pairs"].values() for row in rows.values())
+    counts = [len(row["steps"]) for rows in result["pairs"].values() for row in rows.values()]
     lines = [
         "# What a step costs",
         "",
         f"Written by `python benchmarks/distill-cost/run.py`. {told['side']} px, batch {told['batch']}, fp32, "
-        f"{told['threads']} threads, {cpu}; {rounds} interleaved rounds, statistics of the teacher settled. Only the factors "
+        f"{told['threads']} threads, {cpu}; {min(counts)} interleaved rounds of all forms, then {max(counts) - min(counts)} of "
+        "KD and the forms with a goal; statistics of the teacher settled. Only the factors, of rounds that both took part in, "
         "mean anything: of median steps, and where a form has several kinds of step (with and without a prompt, or measuring the "
         "balance of the terms), of the mean of their medians in the share that each has of a training. Steps are of the part of a "
         "training in which features teach, unless said otherwise. Brackets: 95 % of what other rounds would have given "
@@ -271,35 +286,36 @@ def page(result: dict) -> str:
         "",
     ]
     for pair, rows in result["pairs"].items():
-        reference = rows[REFERENCE]
         lines += [f"## {pair}", "", "| form | s / step | factor of KD | peak memory, factor of KD |", "|---|---|---|---|"]
         for name, row in rows.items():
-            time_factor, memory_factor = _factors(row, reference)
+            time_factor, memory_factor = _factors(name, rows)
             lines.append(f"| {name} | {row['seconds']:.3f} | {time_factor:.2f} | {memory_factor:.2f} |")
-        lines += ["", *(_goal(form, rows, reference) for form in FORMS if form.goal)]
-        lines += [_training(rows, reference), ""]
+        lines += ["", *(_goal(form, rows) for form in FORMS if form.goal), _training(rows), ""]
     return "\n".join(lines)
 
 
-def _goal(form: Form, rows: dict, reference: dict) -> str:
+def _goal(form: Form, rows: dict) -> str:
     assert form.goal
-    factor, memory = _factors(rows[form.name], reference)
-    low, high = _interval(form, rows[form.name], reference)
+    factor, memory = _factors(form.name, rows)
+    low, high = _interval(form, rows[form.name], rows[REFERENCE])
     verdict = "met" if high <= form.goal else "**missed**" if low > form.goal else "**open**"
     told = f"- {form.name}: time at most {form.goal:.2f} of KD: {factor:.2f} [{low:.2f}, {high:.2f}] ({verdict})"
     return told + (f"; memory at most 1.50: {memory:.2f} ({'met' if memory <= 1.5 else '**missed**'})" if form is DEFAULT else "")
 
 
-def _training(rows: dict, reference: dict) -> str:
+def _training(rows: dict) -> str:
     """The default's two kinds of step in the share that each has of the epochs."""
     share = DistillPlan.model_validate(DEFAULT.plan).features_until
-    first, second = (_factors(rows[form.name], reference)[0] for form in (DEFAULT, SECOND_HALF))
+    first, second = (_factors(form.name, rows)[0] for form in (DEFAULT, SECOND_HALF))
     whole = share * first + (1 - share) * second
     return f"- A whole training by the default, features in {share:.0%} of its epochs: {whole:.2f} of KD"
 
 
-def _factors(row: dict, reference: dict) -> tuple[float, float]:
-    return row["seconds"] / reference["seconds"], row["bytes"] / reference["bytes"]
+def _factors(name: str, rows: dict) -> tuple[float, float]:
+    """Of KD's time, in the rounds that both took part in, and of its memory."""
+    row, reference = rows[name], rows[REFERENCE]
+    beside = _drawn(reference, list(range(len(row["steps"])))).typical(FORMS_BY_NAME[REFERENCE])
+    return row["seconds"] / beside, row["bytes"] / reference["bytes"]
 
 
 def _interval(form: Form, row: dict, reference: dict) -> tuple[float, float]:

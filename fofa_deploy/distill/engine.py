@@ -16,7 +16,7 @@ from torch import nn
 from fofa_deploy.config import TrainPlan
 from fofa_deploy.distill import parallel
 from fofa_deploy.distill.tapped import TappedModel
-from fofa_deploy.errors import BackendError, PlanError
+from fofa_deploy.errors import BackendError, PlanError, TrainingError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,27 +24,38 @@ if TYPE_CHECKING:
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
+def check(plan: TrainPlan) -> None:
+    """What a training needs of this machine is there.
+
+    Raises:
+        BackendError: it is not.
+    """
+    cuda = torch.cuda.is_available()
+    if plan.precision == "fp16" and not cuda:
+        raise BackendError("training in fp16 needs a GPU", "use precision = 'bf16' or 'fp32'")
+    if missing := [name for name in plan.trackers if importlib.util.find_spec(name) is None]:
+        raise BackendError(f"trackers are not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    if plan.compile and not cuda and not _compiler():
+        raise BackendError("torch.compile needs a C++ compiler on a CPU, and there is none", "install g++, or set compile = false")
+
+
 def accelerator(plan: TrainPlan, folder: Path) -> Accelerator:
     """Device, precision and processes of one training; TensorBoard and W&B write below ``folder``.
 
     Raises:
-        BackendError: this machine lacks what the plan asks for.
+        BackendError: as `check`.
         PlanError: the launcher was told to shard in its own way.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 
-    cuda = torch.cuda.is_available()
-    if plan.precision == "fp16" and not cuda:
-        raise BackendError("training in fp16 needs a GPU", "use precision = 'bf16' or 'fp32'")
-    if missing := [name for name in plan.trackers if importlib.util.find_spec(name) is None]:
-        raise BackendError(f"trackers are not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    check(plan)
     parallel.join()
     threads = torch.get_num_threads()
     AcceleratorState._reset_state()  # it remembers the precision of the training before, here the teacher's
     found = Accelerator(
-        cpu=not cuda,
+        cpu=not torch.cuda.is_available(),
         mixed_precision=_PRECISION[plan.precision],
         device_placement=False,
         log_with=list(plan.trackers) or None,
@@ -64,16 +75,41 @@ def accelerator(plan: TrainPlan, folder: Path) -> Accelerator:
 
 @contextmanager
 def tracking(engine: Accelerator, name: str, plan: TrainPlan, folder: Path) -> Iterator[None]:
-    """A run in every tracker of the plan; rank 0 alone keeps one. TensorBoard's is ``folder/fofa-deploy``."""
+    """A run in every tracker of the plan; rank 0 alone keeps one. TensorBoard's is ``folder/fofa-deploy``.
+
+    Raises:
+        BackendError: one does not start: nobody is logged in, say, or its server does not answer.
+    """
     if plan.trackers:
         settings = {key: str(value) for key, value in plan.model_dump().items()}
         options = {"wandb": {"name": name, "dir": str(folder)}, "mlflow": {"run_name": name}}
-        engine.init_trackers("fofa-deploy", settings, options)
+        try:
+            engine.init_trackers("fofa-deploy", settings, options)
+        except Exception as error:  # whatever a tracker raises
+            problem = f"trackers ({', '.join(plan.trackers)}) do not start: {error or type(error).__name__}"
+            raise BackendError(problem, "log in there, or leave it out of trackers") from error
     try:
         yield
     finally:
         for tracker in engine.trackers:  # not end_training, which would part the processes before the next training
             tracker.finish()
+
+
+@contextmanager
+def within_memory(plan: TrainPlan, name: str) -> Iterator[None]:
+    """What is too large for the memory is said in numbers of the plan.
+
+    Raises:
+        TrainingError: out of memory; checkpoints, if there are any yet, are good.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        images = -(-plan.batch_size // (parallel.size() * plan.accumulate))
+        action = f"raise accumulate above {plan.accumulate}, or lower batch_size: the training then starts anew"
+        raise TrainingError(f"{name}: out of memory, at {images} images per pass", action) from error
 
 
 def flat(values: Mapping[str, float | None], prefix: str) -> dict[str, float]:
@@ -85,13 +121,7 @@ def flat(values: Mapping[str, float | None], prefix: str) -> dict[str, float]:
 
 
 def compiled(tapped: TappedModel) -> None:
-    """Let torch.compile make kernels of each largest part of a model that no hook reads or bends inside, when it first runs.
-
-    Raises:
-        BackendError: on a CPU there is no C++ compiler.
-    """
-    if not torch.cuda.is_available() and not _compiler():
-        raise BackendError("torch.compile needs a C++ compiler on a CPU, and there is none", "install g++, or set compile = false")
+    """Let torch.compile make kernels of each largest part of a model that no hook reads or bends inside, when it first runs."""
     for part in _parts(tapped):
         # All bound methods are one function to dynamo: without isolation parts would use up each other's recompilations, and be
         # taken for one part that sees images of ever other sizes.

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fofa_deploy.config import LOGIT_TERMS, DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
+from fofa_deploy.config import AUTO, LOGIT_TERMS, DistillPlan, ModelPlan, RunPlan, TeacherPlan, TrainPlan
 from fofa_deploy.data import Data, Split, eval_batches, preprocessing
-from fofa_deploy.distill import parallel
+from fofa_deploy.distill import engine, parallel
 from fofa_deploy.distill.affinity import affinity
 from fofa_deploy.distill.fake import fake_quantized
-from fofa_deploy.distill.loop import Trainer
+from fofa_deploy.distill.loop import Trainer, least_batch
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.tapped import TappedModel
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.errors import ModelError, TrainingError
 from fofa_deploy.inference import Normalize, predict
-from fofa_deploy.metrics import topk
+from fofa_deploy.metrics import Labels, Logits, best_order, topk
 from fofa_deploy.models import build_model, load_weights, parameter_count, save_weights
 from fofa_deploy.progress import Progress
 from fofa_deploy.results import Epoch, ModelSummary
@@ -38,10 +38,21 @@ FORGIVEN = 0.01
 """Accuracy that a prompted teacher may lose without a notice."""
 
 
+KNOWING, MISPLACED = 0.5, 0.1
+"""Accuracy of a model that knows its classes, and what of it a wrong order of them costs; less may be chance."""
+
+MOST_ORDERED = 4096
+"""Classes of which an order is looked for: it takes the square of them in memory."""
+
+SPLITS = ("validation", "test")
+
 CALIBRATION_BATCH = 64
 
 Taught = tuple[ModelPlan, Path]
 """A teacher's plan, and the folder with its weights."""
+
+Untaught = tuple[ModelPlan, None]
+"""The plan of a teacher that is still to be trained."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +90,22 @@ class Workshop:
         for training, arguments in parallel.orders():
             getattr(self, training)(*arguments)
 
+    def rehearse(self, plan: RunPlan) -> None:
+        """Make what is going to be trained, and throw it away: what cannot be is told before hours of work, not after.
+
+        Raises:
+            FofaError: what a training would raise in its first seconds.
+        """
+        for training, name in ((plan.teacher and plan.teacher.fit, "teacher.fit"), (plan.distill, "distill")):
+            if training:
+                engine.check(training)
+                least_batch(training, len(self.data.train), name)
+        for notice in without_effect(plan.distill) if plan.distill else ():
+            self.progress.say(f"notice: {notice}")
+        if plan.distill and plan.student.model != AUTO:
+            teacher = (plan.teacher, None) if plan.teacher and plan.distill.terms else None
+            self._objective(self.new(plan.student), plan.student, plan.distill, teacher)
+
     def fit(self, plan: TeacherPlan, out: Path) -> None:
         """A teacher: ready-made, or trained by cross-entropy alone."""
         if _is_done(out):
@@ -88,7 +115,7 @@ class Workshop:
             parallel.announce(("fit", (plan, out)))
             alone = DistillPlan(method="none", **{name: getattr(plan.fit, name) for name in TrainPlan.model_fields})
             self._train(self._objective(model, plan, alone), plan, alone, out, "fit the teacher")
-        self._finish(plan, model, out)
+        self._finish(plan, model, out, ready=plan.fit is None and plan.floor_top1 is None)
 
     def distill(self, plan: ModelPlan, distill: DistillPlan | None, out: Path, taught_by: Taught | None) -> None:
         """A student: ready-made, trained alone, or distilled from the teacher whose plan and folder are given."""
@@ -100,7 +127,7 @@ class Workshop:
             taught_by = None if distill.method == "none" else taught_by
             objective = self._objective(model, plan, distill, taught_by)
             curve = self._train(objective, plan, distill, out, f"distill the student ({distill.method})", taught_by)
-            _write(out / NOTICES, (*objective.notices, *forgotten(curve)))
+            _write(out / NOTICES, (*objective.notices, *forgotten(curve), *without_effect(distill)))
         self._finish(plan, model, out)
 
     def retrain(self, plan: RunPlan, out: Path, student: Path, taught_by: Taught) -> None:
@@ -125,7 +152,7 @@ class Workshop:
         teacher_plan, taught = taught_by
         pair = [(plan, folder), (teacher_plan, taught)]
         try:
-            student, teacher = (self._tapped(self.load(p, f), p, method.fofa.stages) for p, f in pair)
+            student, teacher = (self._tapped(self.load(p, f), p, method.fofa.stages, "model") for p, f in pair)
         except ModelError:
             if method.compares_maps:
                 raise
@@ -137,16 +164,22 @@ class Workshop:
         normalize = Normalize(preprocessing(self.data.plan))
         return (normalize(torch.from_numpy(images)) for images, _ in eval_batches(split, CALIBRATION_BATCH))
 
-    def _objective(self, model: nn.Module, plan: ModelPlan, method: DistillPlan, taught_by: Taught | None = None) -> Objective:
+    def _objective(
+        self, model: nn.Module, plan: ModelPlan, method: DistillPlan, taught_by: Taught | Untaught | None = None
+    ) -> Objective:
         stages = method.fofa.stages if method.compares_maps else 0
-        student = self._tapped(model, plan, stages)
+        student = self._tapped(model, plan, stages, "student")
         if taught_by is None:
             return Objective(student, None, method)
         teacher_plan, folder = taught_by
-        return Objective(student, self._tapped(self.load(teacher_plan, folder), teacher_plan, stages), method)
+        teacher = self.load(teacher_plan, folder) if folder else self.new(teacher_plan)
+        return Objective(student, self._tapped(teacher, teacher_plan, stages, "teacher"), method)
 
-    def _tapped(self, model: nn.Module, plan: ModelPlan, stages: int) -> TappedModel:
-        return tap(model, self._shape(plan), stages=stages, names=plan.taps)
+    def _tapped(self, model: nn.Module, plan: ModelPlan, stages: int, role: str) -> TappedModel:
+        try:
+            return tap(model, self._shape(plan), stages=stages, names=plan.taps)
+        except ModelError as error:
+            raise ModelError(f"{role} {plan.model}: {error.message}", error.action) from error
 
     def _shape(self, plan: ModelPlan) -> tuple[int, int, int]:
         """(C,H,W) of what a model sees."""
@@ -161,27 +194,54 @@ class Workshop:
         _write(out / CURVE, [epoch.model_dump(mode="json") for epoch in curve])
         return curve
 
-    def _finish(self, plan: ModelPlan, model: nn.Module, out: Path) -> None:
-        """Weights and accuracy; the test split is read here for the record, and decides nothing."""
+    def _finish(self, plan: ModelPlan, model: nn.Module, out: Path, ready: bool = False) -> None:
+        """Weights and accuracy; the test split is read here for the record, and decides nothing.
+
+        Args:
+            ready: it was trained elsewhere, perhaps on classes in another order.
+        """
         if parallel.rank() > 0:
             return
         data = self.seen_by(plan)
-        accuracy = _accuracy(model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), data)
+        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        found = {split: predict(model, getattr(data, split), preprocessing(data.plan)) for split in SPLITS if data.plan.labelled}
+        if ready and found:
+            refuse_other_order(found["validation"], data.validation.labels, data.class_names, plan.model)
         save_weights(model.cpu(), out / WEIGHTS)
-        summary = ModelSummary(model=plan.model, params=parameter_count(model), image_size=data.plan.image_size, **accuracy)
+        size, accuracy = data.plan.image_size, _accuracy(found, data)
+        summary = ModelSummary(model=plan.model, params=parameter_count(model), image_size=size, **accuracy)
         write_atomic(out / SUMMARY, summary.model_dump_json(indent=1).encode())
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
 
 
-def _accuracy(model: nn.Module, data: Data) -> dict[str, float]:
-    if not data.plan.labelled:
+def _accuracy(logits: Mapping[str, Logits], data: Data) -> dict[str, float]:
+    if not logits:
         return {}
-    validation, test = (predict(model, split, preprocessing(data.plan)) for split in (data.validation, data.test))
     return {
-        "top1": topk(test, data.test.labels, 1),
-        "top5": topk(test, data.test.labels, 5),
-        "top1_validation": topk(validation, data.validation.labels, 1),
+        "top1": topk(logits["test"], data.test.labels, 1),
+        "top5": topk(logits["test"], data.test.labels, 5),
+        "top1_validation": topk(logits["validation"], data.validation.labels, 1),
     }
+
+
+def refuse_other_order(logits: Logits, labels: Labels, names: Sequence[str], model: str) -> None:
+    """Raise ModelError where a model knows the classes, and numbers them in another order than the data do.
+
+    So it may pass its floor: of ten classes, say, that it was taught with six in other places.
+    """
+    if len(names) > MOST_ORDERED:
+        return
+    found = topk(logits, labels, 1)
+    best, order = best_order(logits, labels)
+    if best < KNOWING or best - found < MISPLACED:
+        return
+    moved = [f"{names[other]!r} where the data have {names[label]!r}" for label, other in enumerate(order) if other != label]
+    problem = f"{model} numbers its classes in another order: {found:.1%} of its answers are right, and {best:.1%} would be with"
+    action = (
+        "name the class folders so that they sort as the classes did where it was trained (00-cat, 01-dog, ...),"
+        " or set teacher.floor_top1 to teach with it as it is"
+    )
+    raise ModelError(f"{problem} {', '.join(moved[:3])}{', ...' if len(moved) > 3 else ''}", action)
 
 
 def retraining(plan: RunPlan) -> DistillPlan:
@@ -198,6 +258,13 @@ def retraining(plan: RunPlan) -> DistillPlan:
 def _write(path: Path, records: Sequence[object]) -> None:
     if parallel.rank() == 0:
         write_atomic(path, json.dumps(records, indent=1, allow_nan=False).encode())
+
+
+def without_effect(plan: DistillPlan) -> tuple[str, ...]:
+    """A notice of what the plan sets in vain."""
+    keys = ", ".join(f"distill.{key}" for key in plan.idle)
+    stages = " and no prompted stages" if "fofa" in plan.terms and not plan.fofa.prompted_stages else ""
+    return (f"without effect, with method {plan.method!r}{stages}: {keys}",) if keys else ()
 
 
 def forgotten(curve: Sequence[Epoch]) -> tuple[str, ...]:

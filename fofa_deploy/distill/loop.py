@@ -60,7 +60,7 @@ class Trainer:
 
     Raises:
         TrainingError: loss, gradients or statistics left the finite numbers; checkpoints, if there are any yet, are good.
-        TrainingError: another process of the training is gone.
+        TrainingError: another process of the training is gone, or the memory is too small.
         PlanError: a batch is too small to be shared by the processes.
         BackendError: this machine lacks what the plan asks for.
         DataError: an image cannot be read.
@@ -117,12 +117,8 @@ class Trainer:
             engine.sharded(teacher)
 
     def _epoch_batches(self, epoch: int) -> list[Indices]:
-        pieces = parallel.size() * self._plan.accumulate
-        count, least = len(self._data.train), 2 * pieces
-        if pieces > 1 and min(count, self._plan.batch_size) < least:
-            problem = f"a batch of {min(count, self._plan.batch_size)} images cannot be shared by {pieces} passes"
-            raise PlanError(problem, f"make {self._name}'s batch_size at least {least}, or use fewer processes")
-        return epoch_batches(count, self._plan.batch_size, self._seed, epoch, least)
+        count = len(self._data.train)
+        return epoch_batches(count, self._plan.batch_size, self._seed, epoch, least_batch(self._plan, count, self._name))
 
     @cached_property
     def _epoch_length(self) -> int:
@@ -135,7 +131,8 @@ class Trainer:
             self._restore()
             total = self._plan.epochs * self._epoch_length
             tracking = engine.tracking(self._engine, self._name, self._plan, self._folder)
-            with tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
+            enough = engine.within_memory(self._plan, self._name)
+            with enough, tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
                 while len(self._curve) < self._plan.epochs:
                     self._run_epoch(task, interrupted)
                     self._heed(interrupted)
@@ -284,7 +281,7 @@ class Trainer:
 
     def _diverged(self, what: str) -> None:
         terms = ", ".join(f"{name} {value:.4g}" for name, value in self._last.items() if name != "total")
-        action = f"lower its lr or train in fp32: {self._name} then starts anew"
+        action = f"lower its lr or train in fp32, with another --out or --force: {self._name} then starts anew"
         raise TrainingError(f"{what} at step {self._step} ({terms})", action)
 
     def _save(self) -> None:
@@ -342,6 +339,21 @@ class Trainer:
             checkpoint.set_random_state(ranks[rank]["rng"])
         elif rank == 0:
             self._sums, self._seen = (_added([each[name] for each in ranks]) for name in ("sums", "seen"))
+
+
+def least_batch(plan: TrainPlan, count: int, name: str) -> int:
+    """Images that a batch has at least, out of ``count``: two for each of the passes that share it, for batch statistics.
+
+    Raises:
+        PlanError: there are fewer.
+    """
+    passes = parallel.size() * plan.accumulate
+    if (found := min(count, plan.batch_size)) < 2 * passes:
+        more = f"make batch_size at least {2 * passes}" if found == plan.batch_size else f"train on at least {2 * passes} images"
+        fewer = {"accumulate": plan.accumulate, "the number of processes": parallel.size()}
+        lower = "".join(f", or lower {what}" for what, number in fewer.items() if number > 1)
+        raise PlanError(f"{name}: {found} images cannot be shared by {passes} passes, each of two or more", more + lower)
+    return 2 * passes
 
 
 def _values(losses: Losses) -> dict[str, float]:

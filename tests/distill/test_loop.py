@@ -24,7 +24,7 @@ from fofa_deploy.config import DataPlan, ModelPlan, load_plan
 from fofa_deploy.data import load_data
 from fofa_deploy.distill import average, checkpoint, loop
 from fofa_deploy.distill.engine import _parts as parts_of
-from fofa_deploy.distill.engine import compiled
+from fofa_deploy.distill.engine import check, compiled
 from fofa_deploy.distill.fofa import FeatureBranch
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_summary
 from fofa_deploy.distill.loop import Trainer
@@ -487,7 +487,7 @@ def test_a_compiled_model_computes_what_it_did():
 def test_without_a_compiler_compilation_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BackendError, match=r"needs a C\+\+ compiler"):
-        compiled(compilable())
+        check(small_plan("distill.compile=true").distill)
 
 
 def test_models_are_cut_where_no_feature_is_taken(teacher):

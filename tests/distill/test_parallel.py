@@ -176,7 +176,7 @@ def test_two_processes_train_for_int8_as_one_does(tmp_path, teacher, by_one, ran
 
 
 def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path, teacher):  # noqa: F811
-    with pytest.raises(PlanError, match="a batch of 32 images cannot be shared by 20 passes"):
+    with pytest.raises(PlanError, match=r"distill.*: 32 images cannot be shared by 20 passes, each of two or more"):
         distilled(small_plan("distill.accumulate=20"), tmp_path / "student", teacher)
 
 
