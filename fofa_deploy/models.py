@@ -45,7 +45,9 @@ def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[
         if kind == "timm":
             model = _timm_model(name, plan, classes, channels, image_size)
         else:
-            model = _resolve(plan.model)(num_classes=classes, in_chans=channels, **plan.arguments)
+            function = _resolve(plan.model)
+            with redirect_stdout(sys.stderr):  # as while its module is imported
+                model = function(num_classes=classes, in_chans=channels, **plan.arguments)
     except FAULTS as error:
         action = "check the model's arguments and image_size"
         raise ModelError(f"{plan.model} cannot be made for images of {image_size[0]} x {image_size[1]}: {error}", action) from error

@@ -520,6 +520,7 @@ def test_a_class_folder_without_an_image_is_refused(folder):
     for split in ("train", "validation"):
         (folder / split / "ant").mkdir()
         (folder / split / ".hidden").mkdir()
+        (folder / split / "cat" / "@thumbnails").mkdir()
     with pytest.raises(DataError, match=r"class folder .*train/ant holds nothing"):
         load_data(folder_plan(folder), 0)
     for split in ("train", "validation"):

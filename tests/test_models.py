@@ -301,3 +301,13 @@ def test_a_network_with_other_logits_than_classes_is_refused(passes, found):
         made(f"{__name__}:Odd", arguments={"passes": passes})
     assert caught.value.message == f"{__name__}:Odd makes {found} of 2 images, and there are 3 classes"
     assert made(f"{__name__}:Odd", arguments={"passes": "as many"})
+
+
+def talkative(num_classes: int, in_chans: int) -> Net:
+    print("building")
+    return Net(num_classes, in_chans)
+
+
+def test_what_a_constructor_prints_does_not_reach_standard_output(capsys):
+    made(f"{__name__}:talkative")
+    assert capsys.readouterr() == ("", "building\n")

@@ -176,8 +176,9 @@ def _refuse_odd_folders(root: Path, classes: Collection[str]) -> None:
         stray = next(path for path in sorted(root.iterdir()) if path.suffix.lower() in _ENDINGS)
         raise DataError(f"{stray} lies in no class folder", "move it into one, or remove it")
     for folder, below, files in os.walk(root, followlinks=True):
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        if not below and Path(folder).name not in classes:
+        holds_images = any(Path(name).suffix.lower() in _ENDINGS for name in files)
+        below[:] = [] if holds_images else sorted(name for name in below if not name.startswith("."))
+        if not below and not holds_images:
             held = f"{len(files)} files, and no image among them" if files else "nothing"
             problem = f"class folder {folder} holds {held} (images end in {', '.join(sorted(SUFFIXES))})"
             raise DataError(problem, "put images of the class into it, or remove the folder")
