@@ -62,7 +62,11 @@ RUNTIMES = {
     "tensorrt": {"onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "cuda"},
 }
 COMMON = {"numpy", "google"}  # google.protobuf is what onnx raises
-BOUNDARIES = {("fofa_deploy/isolate.py", "_guarded"), ("fofa_deploy/models.py", "_resolve")}
+BOUNDARIES = {
+    ("fofa_deploy/isolate.py", "_guarded"),
+    ("fofa_deploy/models.py", "_resolve"),
+    ("fofa_deploy/distill/engine.py", "tracking"),  # MLflow and W&B have error trees of their own, and may be absent
+}
 """Where an unexpected exception may be caught: it is handed on as what it is. Beside these, only a back end's probe()."""
 
 

@@ -138,7 +138,7 @@ def _timm(plan: DataPlan) -> tuple[Source, Source]:
     from timm.data.readers.reader_image_folder import ReaderImageFolder
 
     name = "" if plan.name == "folder" else plan.name
-    sources = []
+    sources, readers = [], []
     for split in (plan.train_split, plan.test_split):
         try:
             with _image_endings():
@@ -150,9 +150,11 @@ def _timm(plan: DataPlan) -> tuple[Source, Source]:
         if not hasattr(dataset, "__len__"):
             raise DataError(f"data set {plan.name!r} is a stream", "download it first: splits and resuming need random access")
         sources.append(FileSource(dataset, plan, f"{plan.name} {split}"))
-        if isinstance(reader := getattr(dataset, "reader", None), ReaderImageFolder):
-            _refuse_odd_folders(Path(reader.root), reader.class_to_idx)
+        readers.append(getattr(dataset, "reader", None))
     _refuse_same_files(sources[0], sources[1], plan)
+    for reader in readers:
+        if isinstance(reader, ReaderImageFolder):
+            _refuse_odd_folders(Path(reader.root), reader.class_to_idx)
     _check_folders(sources[0], sources[1], plan)
     return sources[0], sources[1]
 
