@@ -8,7 +8,7 @@ import re
 import struct
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import redirect_stdout
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -161,10 +161,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"checkpoint {path} does not exist", "check the path")
     if path.stat().st_size == 0:
         raise ModelError(f"checkpoint {path} is empty", "save or download it again")
-    with path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise ModelError(f"checkpoint {path} is the pointer that Git LFS keeps in place of a file", "run git lfs pull")
     try:
+        with path.open("rb") as file:
+            if file.read(len(POINTER)) == POINTER:
+                raise ModelError(f"checkpoint {path} is the pointer that Git LFS keeps in place of a file", "run git lfs pull")
         return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     except (*FAULTS, OSError) as error:
         problem = f"checkpoint {path} cannot be read as plain tensors: {_first_line(error)}"
@@ -190,25 +190,33 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (*FAULTS, pickle.UnpicklingError, struct.error, EOFError) as error:  # damaged pickles raise what they like
         named = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))  # of words that also advise to run it
-        reason = f"it holds {named[1]}, and to load that would run code" if named else "it is no whole file of torch.save"
-        raise ValueError(reason) from error
-    while isinstance(state, dict) and (inner := next((state[key] for key in CONTAINERS if isinstance(state.get(key), dict)), None)):
-        state = inner
+        script = (
+            "it is a TorchScript archive, which is code" if "TorchScript" in str(error) else "it is no whole file of torch.save"
+        )
+        raise ValueError(f"it holds {named[1]}, and to load that would run code" if named else script) from error
+    for _ in CONTAINERS:
+        inner = [state[key] for key in CONTAINERS if isinstance(state, dict) and isinstance(state.get(key), dict)]
+        state = inner[0] if inner else state
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError("it is not a dictionary of tensors")
     return dict(state)
 
 
 def _unwrapped(state: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Without the names of what the network was wrapped in: DataParallel's ``module.``, say, or torch.compile's ``_orig_mod.``."""
-    bare = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
-    state = bare if len(bare) == len(state) else state
-    while state.keys() != expected and len(wraps := {key.partition(".")[0] + "." for key in state}) == 1:
-        wrap = wraps.pop()
-        if not all(key.startswith(wrap) for key in state) or all(key.startswith(wrap) for key in expected):
-            break
-        state = {key.removeprefix(wrap): value for key, value in state.items()}
-    return state
+    """By the names that suit the network best: as they are, or without those of what it was wrapped in."""
+    return max(_unwrappings(state), key=lambda names: len(names.keys() & expected))
+
+
+def _unwrappings(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """DataParallel and Lightning put a name in front of every other, and torch.compile one in front of those of its module."""
+    while True:
+        yield state
+        bare = {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+        if len(bare) == len(state):
+            yield bare
+        if len({key.partition(".")[0] for key in state}) != 1 or not all("." in key for key in state):
+            return
+        state = {key.partition(".")[2]: value for key, value in state.items()}
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -113,15 +113,15 @@ class Run:
         def inputs() -> dict[str, object]:
             return {"teacher": plan.decisive(), "code": code_identity(plan), "data": self.data.digest, "seed": self.plan.seed}
 
-        folder = self._stage("teacher", inputs, lambda out: self._after_scan.fit(plan, out), resumable=True)
+        folder = self._stage("teacher", inputs, lambda out: self._prepared(first=True).fit(plan, out), resumable=True)
         if not self._stored:
             check_floor(plan, read_summary(folder), len(self.data.class_names))
         return plan, folder
 
-    @cached_property
-    def _after_scan(self) -> Workshop:
-        """The workshop, once all that is to be trained is known to be trainable, and every image to be readable."""
-        self.workshop.rehearse(self.plan)
+    def _prepared(self, first: bool = False) -> Workshop:
+        """The workshop, once every image is known to be readable; before the ``first`` training what follows is tried, too."""
+        if first:
+            self.workshop.rehearse(self.plan)
         self._splits()
         return self.workshop
 
@@ -158,7 +158,7 @@ class Run:
         if parallel.size() > 1:
             action = "run fofa-deploy select in one process first; the launched command then finds its choice"
             raise PlanError("several processes cannot choose a student together", action)
-        return select_student(self.plan, self.profiles, self.store, self._after_scan, self.teacher, self._training_inputs())
+        return select_student(self.plan, self.profiles, self.store, self._prepared(), self.teacher, self._training_inputs())
 
     @cached_property
     def student(self) -> Path:
@@ -170,7 +170,7 @@ class Run:
             return {"student": plan.student, "code": code_identity(plan.student), "distill": method, **self._training_inputs()}
 
         def work(out: Path) -> None:
-            self._after_scan.distill(plan.student, plan.distill, out, self.teacher)
+            self._prepared(first=self.teacher is None).distill(plan.student, plan.distill, out, self.teacher)
 
         return self._stage("student", inputs, work, resumable=True)
 
@@ -198,7 +198,7 @@ class Run:
             }
 
         def work(out: Path) -> None:
-            self._after_scan.retrain(plan, out, self.student, taught_by)
+            self._prepared().retrain(plan, out, self.student, taught_by)
 
         return self._stage("student-qat", inputs, work, resumable=True)
 

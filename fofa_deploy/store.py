@@ -193,7 +193,8 @@ class Store:
     @property
     def untouched(self) -> bool:
         """Whether no stage has been finished or begun here."""
-        return not any(self.root.glob(f"*/{MANIFEST}")) and not (self.root / ".scratch").exists()
+        begun = (path for path in (self.root / ".scratch").rglob("*") if path.is_file())
+        return not any(self.root.glob(f"*/{MANIFEST}")) and not any(begun)
 
     def _why(self, final: Path, key: str, version: int, digests: Mapping[str, str]) -> str:
         """Why the stage has to run; empty when its stored result is whole and of the same inputs."""

@@ -69,7 +69,7 @@ class TrainPlan(Frozen):
     """One training: AdamW, linear warm-up, cosine decay."""
 
     epochs: PositiveInt = 30
-    batch_size: Annotated[int, Field(ge=2)] = Field(default=128, description="images per optimizer step, over all processes")
+    batch_size: PositiveInt = Field(default=128, description="images per optimizer step, over all processes")
     lr: PositiveFloat = 1e-3
     weight_decay: NonNegativeFloat = 0.05
     warmup_epochs: NonNegativeFloat = 1.0
@@ -222,16 +222,17 @@ class DistillPlan(TrainPlan):
         return tuple(dict.fromkeys(parts))
 
     @property
-    def idle(self) -> tuple[str, ...]:
-        """Keys that differ from their default and do nothing: the method has not the terms, or the stages, that they are for."""
-        used = set(self.terms)
+    def idle(self) -> dict[str, str]:
+        """Keys that differ from their default and do nothing, each with why."""
+        used, method = set(self.terms), f"method = {self.method!r}"
         fofa = {**{f"fofa.{key}": ("fofa",) for key in FofaPlan.model_fields}, **dict.fromkeys(_PROMPTED, ("fofa",))}
-        idle = [key for key, terms in {**fofa, **_USED_BY}.items() if used.isdisjoint(terms)]
-        idle += [] if self.fofa.prompted_stages else _PROMPTED
-        idle += ["balance_every"] if self.balance == "fixed" or not used else []
-        idle += ["fofa.emphasis_power"] if self.fofa.emphasis == "none" else []
+        why = {"balance_every": "balance = 'fixed'"} if self.balance == "fixed" else {}
+        why |= {"fofa.emphasis_power": "fofa.emphasis = 'none'"} if self.fofa.emphasis == "none" else {}
+        why |= {} if self.fofa.feedback else {"fofa.fusion": "fofa.feedback = false"}
+        why |= {} if self.fofa.prompted_stages else dict.fromkeys(_PROMPTED, "fofa.prompted_stages = []")
+        why |= {key: method for key, terms in {**fofa, **_USED_BY}.items() if used.isdisjoint(terms)}
         default = DistillPlan()
-        return tuple(key for key in dict.fromkeys(idle) if attrgetter(key)(self) != attrgetter(key)(default))
+        return {key: reason for key, reason in why.items() if attrgetter(key)(self) != attrgetter(key)(default)}
 
     @model_validator(mode="after")
     def _taught_something(self) -> Self:

@@ -529,6 +529,15 @@ def test_a_class_folder_without_an_image_is_refused(folder):
         load_data(folder_plan(folder), 0)
 
 
+@pytest.mark.parametrize("below", ["@thumbnails", ".thumbnails", "a/b"])
+def test_a_folder_of_images_below_a_class_is_refused(folder, below):
+    """timm makes a class of it, and every number behind it is another."""
+    for split in ("train", "validation"):
+        picture(folder / split / "cat" / below / "0.png")
+    with pytest.raises(DataError, match=r"holds images, below the class folder .*/train/cat, and would be a class of its own"):
+        load_data(folder_plan(folder), 0)
+
+
 @pytest.mark.parametrize("suffix", ["webp", "bmp", "gif", "tiff", "PPM"])
 def test_every_kind_of_file_that_is_decoded_makes_a_class(folder, suffix):
     for split in ("train", "validation"):
@@ -549,7 +558,7 @@ def test_an_image_beside_the_class_folders_is_refused(folder):
 
 def test_a_wrong_number_of_classes_is_refused(folder):
     assert len(load_data(folder_plan(folder, classes=2), 0).class_names) == 2
-    with pytest.raises(DataError, match=r"data\.classes is 3, and the data have 2"):
+    with pytest.raises(DataError, match=r"data\.classes is 3, and there are 2 classes"):
         load_data(folder_plan(folder, classes=3), 0)
 
 

@@ -110,12 +110,28 @@ def test_a_pt_file_of_tensors_is_loaded_as_trainers_save_it(tmp_path, inside, wr
     assert torch.equal(net.body.weight, wanted["body.weight"])
 
 
-def test_a_prefix_of_the_networks_own_is_kept(tmp_path):
-    whole = nn.Sequential(OrderedDict(model=Net()))
-    torch.save(state(), tmp_path / "w.pt")
-    assert "missing (model.body.bias" in refusal(tmp_path / "w.pt", whole)
-    torch.save({f"module.{key}": value for key, value in whole.state_dict().items()}, tmp_path / "w.pt")
+@pytest.mark.parametrize("own", ["model", "module", "_orig_mod"])
+@pytest.mark.parametrize("wrap", ["", "module.", "model.", "_orig_mod."])
+def test_a_name_of_the_networks_own_is_kept(tmp_path, own, wrap):
+    whole = nn.Sequential(OrderedDict({own: Net()}))
+    torch.save({f"{wrap}{key}": torch.full_like(value, 0.5) for key, value in whole.state_dict().items()}, tmp_path / "w.pt")
     load_weights(whole, tmp_path / "w.pt")
+    assert all((value == 0.5).all() for value in whole.state_dict().values())
+
+
+def test_a_part_that_was_compiled_is_known(tmp_path):
+    compiled = {key.replace("body.", "body._orig_mod."): torch.full_like(value, 0.5) for key, value in state().items()}
+    torch.save(compiled, tmp_path / "w.pt")
+    net = Net()
+    load_weights(net, tmp_path / "w.pt")
+    assert (net.body.weight == 0.5).all()
+
+
+def test_a_checkpoint_that_contains_itself_is_refused(tmp_path):
+    whole: dict[str, object] = {}
+    whole["model"] = whole
+    torch.save(whole, tmp_path / "w.pt")
+    assert "not a dictionary of tensors" in refusal(tmp_path / "w.pt")
 
 
 def test_what_lies_beside_the_network_is_named(tmp_path):
@@ -123,12 +139,16 @@ def test_what_lies_beside_the_network_is_named(tmp_path):
     assert "5 unknown (criterion.weight" in refusal(tmp_path / "w.pt")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_why_a_checkpoint_cannot_be_read_is_said_in_our_words(tmp_path):
     path = tmp_path / "w.pt"
     torch.save({"state_dict": state(), "args": Namespace(lr=1)}, path)
     assert refusal(path).endswith("it holds argparse.Namespace, and to load that would run code")
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "the pointer that Git LFS keeps" in refusal(path)
+    torch.jit.script(Net()).save(str(path))
+    assert refusal(path).endswith("it is a TorchScript archive, which is code")
     path.write_bytes(b"some text, which is longer than a word")
     assert refusal(path).endswith("it is no whole file of torch.save")
     path.write_bytes(b"")

@@ -253,3 +253,14 @@ def test_a_line_without_a_name_is_no_class(tmp_path):
     listed.write_text("\n".join([*names[:3], " ", *names[3:]]))
     with pytest.raises(DataError, match="line 4 names no class"):
         open_sources(plan_of(tmp_path))
+
+
+def test_a_class_without_an_image_counts_where_the_plan_knows_of_it(digits):
+    assert open_sources(plan_of(digits, classes=10))[0].class_names == tuple("0123456789")
+    (digits / shards.CLASSES).rename(digits / "names")
+    try:
+        assert len(open_sources(plan_of(digits, classes=12))[0].class_names) == 12
+        with pytest.raises(DataError, match=r"data\.classes is 9, and there are 10 classes"):
+            open_sources(plan_of(digits, classes=9))
+    finally:
+        (digits / "names").rename(digits / shards.CLASSES)

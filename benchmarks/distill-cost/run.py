@@ -1,7 +1,7 @@
 """What a training step costs beside a step of plain KD: all forms interleaved in one run, memory in processes of their own.
 
 python benchmarks/distill-cost/run.py                 # both pairs at 224 px, batch 8; writes results.json and README.md
-python benchmarks/distill-cost/run.py --quick         # 64 px, four rounds: printed, not recorded
+python benchmarks/distill-cost/run.py --quick         # 64 px, few rounds: printed, not recorded
 
 Every round is recorded as it ends: interrupt at will, run again. --again forgets what is recorded.
 
@@ -15,8 +15,8 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
@@ -93,8 +93,8 @@ FORMS = (
 )
 FORMS_BY_NAME = {form.name: form for form in FORMS}
 REFERENCE = "KD"
-CONTESTED = tuple(form for form in FORMS if form.goal or form.name == REFERENCE)
-"""Whose factor a goal hangs on: they get more rounds, after those of all."""
+PHASES = {"all": FORMS, "contested": tuple(form for form in FORMS if form.goal or form.name == REFERENCE)}
+"""Rounds of all forms, then further ones of those whose factor a goal hangs on."""
 
 DRAWS = 2000
 
@@ -141,6 +141,9 @@ class Timings:
     steps: list[float]
     measuring: list[float]
 
+    def at(self, rounds: Sequence[int]) -> Timings:
+        return Timings([self.steps[number] for number in rounds], [self.measuring[number] for number in rounds if self.measuring])
+
     def typical(self, form: Form) -> float:
         """Median step; the mean of the medians where there are several kinds, in the share that each has of all steps."""
         ordinary = mean(median(self.steps[start :: form.every] or self.steps) for start in range(form.every))
@@ -149,25 +152,21 @@ class Timings:
 
 
 def time_pair(
-    pair: str, side: int, rounds: tuple[int, int], done: dict[str, Timings], progress: Terminal
+    pair: str, side: int, forms: Sequence[Form], rounds: int, done: dict[str, Timings], progress: Terminal, what: str
 ) -> Iterator[dict[str, Timings]]:
-    """Every form's steps after each round, going on from ``done``; a round visits its forms in an order of its own.
-
-    Args:
-        rounds: of all forms, and after these of the `CONTESTED`.
-    """
-    timings = {form: done.get(form.name) or Timings([], []) for form in FORMS}
-    before, total = max(len(timing.steps) for timing in timings.values()), sum(rounds)
-    if before >= total:
+    """The forms' steps after each round, going on from ``done``; a round visits all of them in an order of its own."""
+    timings = {form: done.get(form.name) or Timings([], []) for form in forms}
+    before = len(timings[forms[0]].steps)
+    if before >= rounds:
         return
-    steppers = {form: Stepper(pair, form, side) for form in (FORMS if before < rounds[0] else CONTESTED)}
+    steppers = {form: Stepper(pair, form, side) for form in forms}
     for form, stepper in steppers.items():
         stepper.step(measuring=True)  # memory, lazy parts
         for _ in range(1 + before % form.every):  # kinds of step come in turns: go on where the last process stopped
             stepper.step()
-    with progress.task(pair, total, before) as task:
-        for number in range(before, total):
-            order = list(FORMS if number < rounds[0] else CONTESTED)
+    with progress.task(f"{pair}, {what}", rounds, before) as task:
+        for number in range(before, rounds):
+            order = list(forms)
             random.Random(number).shuffle(order)
             for form in order:
                 timings[form].steps.append(steppers[form].step())
@@ -193,7 +192,7 @@ def _print_memory(pair: str, name: str, side: int) -> None:
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="64 px, four rounds: printed, not recorded.")
+@click.option("--quick", is_flag=True, help="64 px, four rounds and four more: printed, not recorded.")
 @click.option("--again", is_flag=True, help="Forget what is recorded.")
 @click.option("--rounds", default=12, show_default=True, help="Of all forms.")
 @click.option("--more", default=48, show_default=True, help="Further rounds, of the forms with a goal and of KD.")
@@ -212,7 +211,7 @@ def main(
     side, rounds, more = (64, 4, 4) if quick else (side, rounds, more)
     record = Record({"side": side, "batch": BATCH, "threads": threads}, None if quick else HERE / "results.json", again)
     for name in [pair] if pair else PAIRS:
-        _fill(record, name, side, (rounds, more))
+        _fill(record, name, side, {"all": rounds, "contested": more})
     if quick:
         click.echo(page(record.result))
         return
@@ -252,15 +251,14 @@ def _code() -> str:
     return digest({name: Path(str(sys.modules[name].__file__)).read_text() for name in parts})
 
 
-def _fill(record: Record, pair: str, side: int, rounds: tuple[int, int]) -> None:
+def _fill(record: Record, pair: str, side: int, rounds: dict[str, int]) -> None:
     rows = record.rows(pair)
-    done = {name: Timings(row["steps"], row["measuring_steps"]) for name, row in rows.items()}
-    for timings in time_pair(pair, side, rounds, done, Terminal()):
-        for form in FORMS:
-            timing = timings[form.name]
-            told = {"seconds": timing.typical(form), "steps": timing.steps, "measuring_steps": timing.measuring}
-            rows[form.name] = rows.get(form.name, {}) | told
-        record.save()
+    for phase, forms in PHASES.items():
+        done = {form.name: Timings(**rows[form.name][phase]) for form in forms if phase in rows.get(form.name, {})}
+        for timings in time_pair(pair, side, forms, rounds[phase], done, Terminal(), phase):
+            for name, timing in timings.items():
+                rows[name] = rows.get(name, {}) | {phase: asdict(timing)}
+            record.save()
     with Terminal().task(f"memory, {pair}", len(FORMS)) as task:
         for form in FORMS:
             if "bytes" not in rows[form.name]:
@@ -269,15 +267,23 @@ def _fill(record: Record, pair: str, side: int, rounds: tuple[int, int]) -> None
             task.advance()
 
 
+def _timings(row: dict[str, Any], *phases: str) -> Timings:
+    found = [Timings(**row[phase]) for phase in phases if phase in row]
+    return Timings([step for each in found for step in each.steps], [step for each in found for step in each.measuring])
+
+
 def page(result: dict) -> str:
     """The table and what became of the goals, as Markdown."""
     cpu, told = result["environment"]["cpu"], result["conditions"]
-    counts = [len(row["steps"]) for rows in result["pairs"].values() for row in rows.values()]
+    counts = [
+        " and ".join(sorted({str(len(_timings(rows[REFERENCE], phase).steps)) for rows in result["pairs"].values()}))
+        for phase in PHASES
+    ]
     lines = [
         "# What a step costs",
         "",
         f"Written by `python benchmarks/distill-cost/run.py`. {told['side']} px, batch {told['batch']}, fp32, "
-        f"{told['threads']} threads, {cpu}; {min(counts)} interleaved rounds of all forms, then {max(counts) - min(counts)} of "
+        f"{told['threads']} threads, {cpu}; {counts[0]} interleaved rounds of all forms, then {counts[1]} of "
         "KD and the forms with a goal; statistics of the teacher settled. Only the factors, of rounds that both took part in, "
         "mean anything: of median steps, and where a form has several kinds of step (with and without a prompt, or measuring the "
         "balance of the terms), of the mean of their medians in the share that each has of a training. Steps are of the part of a "
@@ -287,9 +293,10 @@ def page(result: dict) -> str:
     ]
     for pair, rows in result["pairs"].items():
         lines += [f"## {pair}", "", "| form | s / step | factor of KD | peak memory, factor of KD |", "|---|---|---|---|"]
-        for name, row in rows.items():
+        for name, row in sorted(rows.items(), key=lambda item: list(FORMS_BY_NAME).index(item[0])):
             time_factor, memory_factor = _factors(name, rows)
-            lines.append(f"| {name} | {row['seconds']:.3f} | {time_factor:.2f} | {memory_factor:.2f} |")
+            seconds = _timings(row, "all").typical(FORMS_BY_NAME[name])
+            lines.append(f"| {name} | {seconds:.3f} | {time_factor:.2f} | {memory_factor:.2f} |")
         lines += ["", *(_goal(form, rows) for form in FORMS if form.goal), _training(rows), ""]
     return "\n".join(lines)
 
@@ -297,7 +304,7 @@ def page(result: dict) -> str:
 def _goal(form: Form, rows: dict) -> str:
     assert form.goal
     factor, memory = _factors(form.name, rows)
-    low, high = _interval(form, rows[form.name], rows[REFERENCE])
+    low, high = _interval(form, *(_timings(rows[name], *PHASES) for name in (form.name, REFERENCE)))
     verdict = "met" if high <= form.goal else "**missed**" if low > form.goal else "**open**"
     told = f"- {form.name}: time at most {form.goal:.2f} of KD: {factor:.2f} [{low:.2f}, {high:.2f}] ({verdict})"
     return told + (f"; memory at most 1.50: {memory:.2f} ({'met' if memory <= 1.5 else '**missed**'})" if form is DEFAULT else "")
@@ -313,27 +320,21 @@ def _training(rows: dict) -> str:
 
 def _factors(name: str, rows: dict) -> tuple[float, float]:
     """Of KD's time, in the rounds that both took part in, and of its memory."""
-    row, reference = rows[name], rows[REFERENCE]
-    beside = _drawn(reference, list(range(len(row["steps"])))).typical(FORMS_BY_NAME[REFERENCE])
-    return row["seconds"] / beside, row["bytes"] / reference["bytes"]
+    phases = [phase for phase in PHASES if phase in rows[name]]
+    own, other = (_timings(rows[one], *phases).typical(FORMS_BY_NAME[one]) for one in (name, REFERENCE))
+    return own / other, rows[name]["bytes"] / rows[REFERENCE]["bytes"]
 
 
-def _interval(form: Form, row: dict, reference: dict) -> tuple[float, float]:
+def _interval(form: Form, timings: Timings, reference: Timings) -> tuple[float, float]:
     """95 % of the factor of time, were the rounds drawn anew (bootstrap): what was side by side stays so."""
     rng = random.Random(0)
-    kinds = [range(kind, len(row["steps"]), form.every) for kind in range(form.every)]
+    kinds = [range(kind, len(timings.steps), form.every) for kind in range(form.every)]
     found = []
     for _ in range(DRAWS):
-        drawn = [rng.choice(kinds[number % form.every]) for number in range(len(row["steps"]))]
-        found.append(_drawn(row, drawn).typical(form) / _drawn(reference, drawn).typical(FORMS_BY_NAME[REFERENCE]))
+        drawn = [rng.choice(kinds[number % form.every]) for number in range(len(timings.steps))]
+        found.append(timings.at(drawn).typical(form) / reference.at(drawn).typical(FORMS_BY_NAME[REFERENCE]))
     cuts = quantiles(found, n=40)
     return cuts[0], cuts[-1]
-
-
-def _drawn(row: dict, rounds: list[int]) -> Timings:
-    return Timings(
-        [row["steps"][number] for number in rounds], [row["measuring_steps"][n] for n in rounds if row["measuring_steps"]]
-    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fofa_deploy.config import DataPlan
 from fofa_deploy.data.decode import SUFFIXES
-from fofa_deploy.data.shards import class_names, open_shards
+from fofa_deploy.data.shards import class_names, numbered, open_shards
 from fofa_deploy.data.sources import ArraySource, FileSource, Source, check_labels
 from fofa_deploy.errors import DataError
 
@@ -39,8 +39,8 @@ def open_sources(plan: DataPlan) -> tuple[Source, Source]:
     if train.class_names != test.class_names:
         raise DataError("training and test splits have different classes", "give both splits the same class folders")
     if plan.classes not in (None, len(train.class_names)):
-        problem = f"data.classes is {plan.classes}, and the data have {len(train.class_names)}"
-        raise DataError(problem, "correct it, or leave it out: images with labels tell it themselves")
+        problem = f"data.classes is {plan.classes}, and there are {len(train.class_names)} classes"
+        raise DataError(problem, "correct it, or leave it out: labels and data.class_names tell it, too")
     return train, test
 
 
@@ -83,7 +83,7 @@ def _idx(plan: DataPlan) -> tuple[Source, Source]:
             raise DataError(f"{folder}: {len(raw)} images but {len(labels)} labels in {prefix}", "download the set again")
         if not len(raw):
             raise DataError(f"{folder}: there are no images in {prefix}", "download the set again")
-        names = plan.class_names or tuple(str(i) for i in range(int(labels.max()) + 1))
+        names = plan.class_names or numbered(int(labels.max()) + 1, plan.classes)
         parts.append(ArraySource(raw, labels, names, plan, f"{folder}/{prefix}"))
     return parts[0], parts[1]
 
@@ -105,7 +105,7 @@ class _ImageFiles:
 def _shards(plan: DataPlan) -> tuple[Source, Source]:
     root = _root(plan)
     train, test = (open_shards(root, split) for split in (plan.train_split, plan.test_split))
-    named = plan.model_copy(update={"class_names": plan.class_names or class_names(root, train, test)})
+    named = plan.model_copy(update={"class_names": plan.class_names or class_names(root, plan.classes, train, test)})
     return FileSource(train, named, str(root)), FileSource(test, named, str(root))
 
 
@@ -121,13 +121,13 @@ def _images(plan: DataPlan) -> tuple[Source, Source]:
     files = [file for part in parts for file in part]
     if len(files) < LEAST_IMAGES:
         raise DataError(f"{root} holds {len(files)} images", f"give at least {LEAST_IMAGES}")
-    names = plan.class_names or tuple(str(number) for number in range(plan.classes or 1))
+    names = plan.class_names or numbered(1, plan.classes)
     train, test = (FileSource(_ImageFiles(part, names), plan, str(root)) for part in parts)
     return train, test
 
 
 def _image_files(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS)
+    found = sorted(path for path in folder.rglob("*") if _is_image(path.name))
     if odd := [path for path in found if not path.is_file()]:
         raise DataError(f"{odd[0]} is no file, or leads to none", "remove it")
     return found
@@ -154,7 +154,7 @@ def _timm(plan: DataPlan) -> tuple[Source, Source]:
     _refuse_same_files(sources[0], sources[1], plan)
     for reader in readers:
         if isinstance(reader, ReaderImageFolder):
-            _refuse_odd_folders(Path(reader.root), reader.class_to_idx)
+            _refuse_odd_folders(Path(reader.root))
     _check_folders(sources[0], sources[1], plan)
     return sources[0], sources[1]
 
@@ -172,18 +172,26 @@ def _image_endings() -> Iterator[None]:
         set_img_extensions(before)
 
 
-def _refuse_odd_folders(root: Path, classes: Collection[str]) -> None:
-    """A class without an image would get no number, and one of images in no folder would: either shifts all others."""
-    if "" in classes:
-        stray = next(path for path in sorted(root.iterdir()) if path.suffix.lower() in _ENDINGS)
-        raise DataError(f"{stray} lies in no class folder", "move it into one, or remove it")
-    for folder, below, files in os.walk(root, followlinks=True):
-        holds_images = any(Path(name).suffix.lower() in _ENDINGS for name in files)
-        below[:] = [] if holds_images else sorted(name for name in below if not name.startswith("."))
-        if not below and not holds_images:
+def _refuse_odd_folders(root: Path) -> None:
+    """timm makes a class of every folder that holds images: one too few, or one too many, shifts the numbers of all others."""
+    walked = [(Path(folder), below, files) for folder, below, files in os.walk(root, followlinks=True)]
+    holding = {folder: name for folder, _, files in walked if (name := next(filter(_is_image, sorted(files)), None))}
+    if root in holding:
+        raise DataError(f"{root / holding[root]} lies in no class folder", "move it into one, or remove it")
+    for folder, below, files in walked:
+        inside = folder.relative_to(root)
+        above = next((root / parent for parent in inside.parents if root / parent in holding), None)
+        if above and folder in holding:
+            problem = f"{folder} holds images, below the class folder {above}, and would be a class of its own"
+            raise DataError(problem, "move it beside the class folders, or out of the split")
+        if not (below or above or folder in holding or any(part.startswith(".") for part in inside.parts)):
             held = f"{len(files)} files, and no image among them" if files else "nothing"
             problem = f"class folder {folder} holds {held} (images end in {', '.join(sorted(SUFFIXES))})"
-            raise DataError(problem, "put images of the class into it, or remove the folder")
+            raise DataError(problem, "put images of the class into it, or move it out of the split")
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in _ENDINGS
 
 
 def _check_folders(train: FileSource, test: FileSource, plan: DataPlan) -> None:

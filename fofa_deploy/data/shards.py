@@ -131,8 +131,13 @@ def open_shards(root: Path, split: str) -> Shards:
     return Shards(files)
 
 
-def class_names(root: Path, *parts: Shards) -> tuple[str, ...]:
-    """Those in `CLASSES` beside the shards; where it is missing, numbers up to the largest label."""
+def numbered(found: int, known: int | None) -> tuple[str, ...]:
+    """Names of classes that have none: as many as labels were found of, or as the plan knows of."""
+    return tuple(map(str, range(max(found, known or 0))))
+
+
+def class_names(root: Path, known: int | None, *parts: Shards) -> tuple[str, ...]:
+    """Those in `CLASSES` beside the shards; where it is missing, numbers up to the largest label, or the ``known`` number's."""
     listed = root / CLASSES
     if listed.is_file():
         try:
@@ -146,7 +151,7 @@ def class_names(root: Path, *parts: Shards) -> tuple[str, ...]:
     if largest >= (images := sum(len(part.targets) for part in parts)):
         problem = f"{root} has {images} images, and the largest label is {largest}"
         raise DataError(problem, f"count labels from 0, or name the classes, one per line, in {listed}")
-    return tuple(map(str, range(1 + largest)))
+    return numbered(1 + largest, known)
 
 
 def write_shards(images: Iterable[tuple[bytes, str, int]], folder: Path, split: str, per_shard: int = 10_000) -> list[Path]:

@@ -87,7 +87,7 @@ def tracking(engine: Accelerator, name: str, plan: TrainPlan, folder: Path) -> I
             engine.init_trackers("fofa-deploy", settings, options)
         except Exception as error:  # whatever a tracker raises
             problem = f"trackers ({', '.join(plan.trackers)}) do not start: {error or type(error).__name__}"
-            raise BackendError(problem, "log in there, or leave it out of trackers") from error
+            raise BackendError(problem, "mend that, or leave it out of trackers") from error
     try:
         yield
     finally:
@@ -105,10 +105,11 @@ def within_memory(plan: TrainPlan, name: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and not any(word in str(error) for word in ("can't allocate memory", "ALLOC_FAILED")):  # PyTorch's, CUDA's
             raise
         images = -(-plan.batch_size // (parallel.size() * plan.accumulate))
-        action = f"raise accumulate above {plan.accumulate}, or lower batch_size: the training then starts anew"
+        action = f"raise accumulate above {plan.accumulate}, or lower batch_size, with another --out or --force"
         raise TrainingError(f"{name}: out of memory, at {images} images per pass", action) from error
 
 

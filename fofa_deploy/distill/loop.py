@@ -60,7 +60,7 @@ class Trainer:
 
     Raises:
         TrainingError: loss, gradients or statistics left the finite numbers; checkpoints, if there are any yet, are good.
-        TrainingError: another process of the training is gone, or the memory is too small.
+        TrainingError: another process of the training is gone.
         PlanError: a batch is too small to be shared by the processes.
         BackendError: this machine lacks what the plan asks for.
         DataError: an image cannot be read.
@@ -131,8 +131,7 @@ class Trainer:
             self._restore()
             total = self._plan.epochs * self._epoch_length
             tracking = engine.tracking(self._engine, self._name, self._plan, self._folder)
-            enough = engine.within_memory(self._plan, self._name)
-            with enough, tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
+            with tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
                 while len(self._curve) < self._plan.epochs:
                     self._run_epoch(task, interrupted)
                     self._heed(interrupted)
@@ -352,7 +351,10 @@ def least_batch(plan: TrainPlan, count: int, name: str) -> int:
         more = f"make batch_size at least {2 * passes}" if found == plan.batch_size else f"train on at least {2 * passes} images"
         fewer = {"accumulate": plan.accumulate, "the number of processes": parallel.size()}
         lower = "".join(f", or lower {what}" for what, number in fewer.items() if number > 1)
-        raise PlanError(f"{name}: {found} images cannot be shared by {passes} passes, each of two or more", more + lower)
+        problem = (
+            f"{found} images cannot be shared by {passes} passes, each of two or more" if passes > 1 else "a batch has one image"
+        )
+        raise PlanError(f"{name}: {problem}", more + lower)
     return 2 * passes
 
 
