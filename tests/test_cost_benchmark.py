@@ -43,7 +43,7 @@ def test_a_measurement_that_goes_on_at_another_pace_compares_what_was_side_by_si
     rows = json.loads(file.read_text())["pairs"][PAIR]
     assert {len(row["all"]["steps"]) for row in rows.values()} == {10}
     assert {name for name, row in rows.items() if "contested" in row} == {"KD", *(f.name for f in cost.FORMS if f.goal)}
-    for form in cost.FORMS:
+    for form in (form for form in cost.FORMS if form.every == 1):  # the others' kinds of step are not in the same rounds
         assert cost._factors(form.name, rows)[0] == pytest.approx(1.0 if form.name == "KD" else 2.0 if form.goal else 1.5)
         if form.goal:
             told = cost._goal(form, rows)
