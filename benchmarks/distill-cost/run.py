@@ -276,7 +276,7 @@ def page(result: dict) -> str:
     """The table and what became of the goals, as Markdown."""
     cpu, told = result["environment"]["cpu"], result["conditions"]
     counts = [
-        " and ".join(sorted({str(len(_timings(rows[REFERENCE], phase).steps)) for rows in result["pairs"].values()}))
+        " and ".join(dict.fromkeys(str(len(_timings(rows[REFERENCE], phase).steps)) for rows in result["pairs"].values()))
         for phase in PHASES
     ]
     lines = [
