@@ -119,7 +119,7 @@ class Run:
         return plan, folder
 
     def _prepared(self, first: bool = False) -> Workshop:
-        """The workshop, once every image is known to be readable; before the ``first`` training what follows is tried, too."""
+        """The workshop, once every image is known to be readable; before the ``first`` training, all of them are rehearsed."""
         if first:
             self.workshop.rehearse(self.plan)
         self._splits()

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ def cost(monkeypatch):
     """The script, with steps that take known times, on a machine whose pace changes."""
     spec = importlib.util.spec_from_file_location("distill_cost", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(__import__("sys").modules, "distill_cost", module)
+    monkeypatch.setitem(sys.modules, "distill_cost", module)
     spec.loader.exec_module(module)
     module.pace = 1.0
 
