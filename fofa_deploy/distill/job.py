@@ -110,9 +110,9 @@ class Workshop:
         teacher = (plan.teacher, None) if plan.teacher and plan.distill.terms else None
         if plan.student.model != AUTO:
             objective = self._objective(self.new(plan.student), plan.student, plan.distill, teacher)
-            sizes = [self._shape(one) for one in (plan.student, *([plan.teacher] if teacher and plan.teacher else []))]
             if parallel.size() == 1:  # the others know nothing of it
-                images, *shown = (torch.rand(2, *size) for size in dict.fromkeys(sizes))
+                sizes = dict.fromkeys(self._shape(one) for one in ((plan.student, teacher[0]) if teacher else (plan.student,)))
+                images, *shown = (torch.rand(2, *size) for size in sizes)
                 objective.train()(images, torch.tensor([0, 0]), *shown)
         elif teacher and plan.distill.compares_maps:
             self._tapped(self.new(teacher[0]), teacher[0], plan.distill.fofa.stages, "teacher")
