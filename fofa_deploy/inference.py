@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fofa_deploy.data import Split, eval_batches
+from fofa_deploy.data.decode import Pixels
+from fofa_deploy.data.sources import Indices
 from fofa_deploy.types import Preprocessing
 
 BATCH, CPU_BATCH, CPU_VALUES = 256, 32, 2**20
@@ -18,6 +21,9 @@ BATCH, CPU_BATCH, CPU_VALUES = 256, 32, 2**20
 Large images are no faster there by more, and attention in windows takes much memory for every one of them; of small ones,
 calls cost more than arithmetic.
 """
+
+Reader = Callable[[Split, int], Iterable[tuple[Pixels, Indices]]]
+"""Images and labels of a split, so many at a time, in its order."""
 
 
 class Normalize(nn.Module):
@@ -38,7 +44,7 @@ class Normalize(nn.Module):
 
 
 @torch.no_grad()
-def predict(model: nn.Module, split: Split, preprocessing: Preprocessing) -> NDArray[np.float32]:
+def predict(model: nn.Module, split: Split, preprocessing: Preprocessing, read: Reader = eval_batches) -> NDArray[np.float32]:
     """Logits float32 (N,K) of ``model`` in eval mode, in the split's order; the mode it was in is restored."""
     device = next(model.parameters()).device
     normalize = Normalize(preprocessing).to(device)
@@ -47,7 +53,7 @@ def predict(model: nn.Module, split: Split, preprocessing: Preprocessing) -> NDA
     training = model.training
     model.eval()
     try:
-        batches = [model(normalize(torch.from_numpy(images).to(device))) for images, _ in eval_batches(split, size)]
+        batches = [model(normalize(torch.from_numpy(images).to(device))) for images, _ in read(split, size)]
     finally:
         model.train(training)
     return torch.cat(batches).float().cpu().numpy()

@@ -51,14 +51,16 @@ class GradientBalance(nn.Module):
                 self._measure(terms, [parameter for parameter in parameters if parameter.requires_grad])
             self.steps += 1
         scales = (self.norms[0] / self.norms[1:].clamp_min(1e-12)).clamp(1 / _LARGEST, _LARGEST)
-        known = (self.norms > 0).all()
+        known = (self.norms[0] > 0) & (self.norms[1:] > 0)
         return dict(zip(self._names[1:], torch.where(known, scales, torch.ones_like(scales)), strict=True))
 
     def _measure(self, terms: Mapping[str, Tensor], parameters: Sequence[nn.Parameter]) -> None:
         known = zip(self._names, self.norms, strict=True)
         found = torch.stack([_gradient_norm(terms[name], parameters) if name in terms else norm for name, norm in known])
         if found.isfinite().all():
-            memory = self._memory if int(self.steps) else 0.0
+            # Zero is a term that says nothing of this batch, such as a correlation between its images where there is one.
+            found = torch.where(found > 0, found, self.norms)
+            memory = torch.where(self.norms > 0, self._memory, 0.0)
             self.norms.clamp_(max=_SURPRISE * found).lerp_(found, 1 - memory)
 
 

@@ -21,6 +21,8 @@ from fofa_deploy.errors import BackendError, PlanError, TrainingError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+_KEPT = "fofa-deploy: no donated buffers"
+
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -100,11 +102,14 @@ def within_memory(plan: TrainPlan, name: str) -> Iterator[None]:
     """What is too large for the memory is said in numbers of the plan.
 
     Raises:
-        TrainingError: out of memory; checkpoints, if there are any yet, are good.
+        TrainingError: out of memory, here or in a data loader process; checkpoints, if there are any yet, are good.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        if "DataLoader worker" in str(error):  # as PyTorch says it
+            action = "run the same command again with lower distill.workers, or teacher.fit.workers: memory may have been too small"
+            raise TrainingError(f"{name}: a data loader process was killed", action) from error
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and not any(word in str(error) for word in ("can't allocate memory", "ALLOC_FAILED")):  # PyTorch's, CUDA's
             raise
@@ -123,10 +128,22 @@ def flat(values: Mapping[str, float | None], prefix: str) -> dict[str, float]:
 
 def compiled(tapped: TappedModel) -> None:
     """Let torch.compile make kernels of each largest part of a model that no hook reads or bends inside, when it first runs."""
+    _keep_for_every_backward_pass()
     for part in _parts(tapped):
         # All bound methods are one function to dynamo: without isolation parts would use up each other's recompilations, and be
         # taken for one part that sees images of ever other sizes.
         part.forward = torch.compile(part.forward, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+
+
+def _keep_for_every_backward_pass() -> None:
+    """What a compiled forward pass saved outlasts the first of several backward passes: the balance of terms takes one for each.
+
+    PyTorch's cache on disk does not ask for that when it looks kernels up: those of another program, which may write over what
+    was saved, would pass back wrong gradients without a word. Hence a name of our own in its keys.
+    """
+    torch._functorch.config.donated_buffer = False
+    if _KEPT not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag += _KEPT
 
 
 def _compiler() -> str | None:
@@ -134,10 +151,14 @@ def _compiler() -> str | None:
 
 
 def sharded(tapped: TappedModel) -> None:
-    """Spread a frozen model's weights over all processes; each part is gathered when it runs and dropped afterwards (FSDP2)."""
+    """Spread a frozen model's weights over all processes; each part is gathered when it runs and dropped afterwards (FSDP2).
+
+    They go to the processes' devices part by part: no device has to hold all of them at once.
+    """
     from torch.distributed.fsdp import fully_shard
 
     if parallel.size() > 1:
+        tapped.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # FSDP refuses weights in channels_last
         for part in _parts(tapped):
             fully_shard(part)
         fully_shard(tapped.model)

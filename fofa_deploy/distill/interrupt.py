@@ -10,7 +10,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event, so that a checkpoint can be written; the second one acts at once."""
+    """Turn Ctrl-C and SIGTERM into an event, so that a checkpoint can be written; a second Ctrl-C acts at once.
+
+    A second SIGTERM does not: batch systems send one to every process, and launchers pass theirs on.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -19,7 +22,8 @@ def interruptible() -> Iterator[threading.Event]:
 
     def handle(number: int, frame: object) -> None:
         event.set()
-        signal.signal(number, before[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, before[signal.SIGINT])
 
     for number in before:
         signal.signal(number, handle)

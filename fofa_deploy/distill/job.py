@@ -200,7 +200,7 @@ class Workshop:
         self, objective: Objective, model: ModelPlan, plan: TrainPlan, out: Path, name: str, taught_by: Taught | None = None
     ) -> tuple[Epoch, ...]:
         shown = self.seen_by(taught_by[0]) if taught_by and self._shape(taught_by[0]) != self._shape(model) else None
-        with engine.within_memory(plan, name):
+        with engine.within_memory(plan, name), parallel.unbroken():
             curve = Trainer(objective, self.seen_by(model), plan, self.seed, out, self.progress, name, shown).run()
         _write(out / CURVE, [epoch.model_dump(mode="json") for epoch in curve])
         return curve
@@ -304,8 +304,11 @@ def check_floor(plan: TeacherPlan, summary: ModelSummary, classes: int) -> None:
 
 
 def _is_done(out: Path) -> bool:
-    """Whether all that is missing is the store's record: the summary is written last."""
-    return (out / SUMMARY).is_file()
+    """Whether all that is missing is the store's record: the summary is written last.
+
+    Rank 0 alone asks: others do as they are told, and a network file system may show them a summary that is gone.
+    """
+    return parallel.rank() == 0 and (out / SUMMARY).is_file()
 
 
 def read_summary(folder: Path) -> ModelSummary:

@@ -22,7 +22,7 @@ class Lesson:
         labels: (B,).
         student: with gradients.
         teacher: the plain teacher's, without.
-        teach: runs the teacher again.
+        teach: runs the teacher again: on these images, some of them or others, bent or not.
     """
 
     images: Tensor

@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from fofa_deploy.data import Data, Split, epoch_batches, eval_batches, preproces
 from fofa_deploy.data.decode import Pixels
 from fofa_deploy.data.sources import Indices
 from fofa_deploy.distill import average, checkpoint, engine, parallel
-from fofa_deploy.distill.batches import Batch, Batches, read
+from fofa_deploy.distill.batches import Batch, Batches, evaluated, read
 from fofa_deploy.distill.interrupt import interruptible
 from fofa_deploy.distill.objective import Losses, Objective
 from fofa_deploy.errors import IntegrityError, InterruptedRunError, PlanError, TrainingError
@@ -60,7 +60,6 @@ class Trainer:
 
     Raises:
         TrainingError: loss, gradients or statistics left the finite numbers; checkpoints, if there are any yet, are good.
-        TrainingError: another process of the training is gone.
         PlanError: a batch is too small to be shared by the processes.
         BackendError: this machine lacks what the plan asks for.
         DataError: an image cannot be read.
@@ -82,15 +81,13 @@ class Trainer:
         self._plan, self._data, self._seed, self._folder, self._progress, self._name = plan, data, seed, folder, progress, name
         self._engine = engine.accelerator(plan, folder)
         self._device = self._engine.device
-        self._objective = objective.to(self._device)
-        self._shown = shown
+        self._objective, self._shown = objective, shown
         self._preprocessing = preprocessing(data.plan)
         self._normalize = Normalize(self._preprocessing).to(self._device)
-        if plan.channels_last:
-            self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._transform()
+        self._objective.to(self._device)
         self._made = {name: buffer.cpu() for name, buffer in self._student.named_buffers() if not is_sound(buffer)}
         self._average = average.twin(self._student) if plan.ema else None
-        self._transform()
         optimizer = torch.optim.AdamW(objective.parameter_groups(plan.lr, plan.weight_decay), fused=True)
         self._wrapped, self._optimizer = self._engine.prepare(objective, optimizer)
         self._step = 0
@@ -109,7 +106,10 @@ class Trainer:
         return self._objective.student.model
 
     def _transform(self) -> None:
+        """Before anything is moved: a teacher that is to be shared by several devices may not fit on one."""
         teacher = self._objective.teacher
+        if self._plan.channels_last:
+            self._objective.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self._plan.compile:
             for tapped in filter(None, (self._objective.student, teacher)):
                 engine.compiled(tapped)
@@ -127,14 +127,13 @@ class Trainer:
     def run(self) -> tuple[Epoch, ...]:
         """Train to the end of the plan; returns one record per epoch."""
         torch.manual_seed(self._seed + parallel.rank())  # every process drops paths of its own
-        with parallel.unbroken():
-            self._restore()
-            total = self._plan.epochs * self._epoch_length
-            tracking = engine.tracking(self._engine, self._name, self._plan, self._folder)
-            with tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
-                while len(self._curve) < self._plan.epochs:
-                    self._run_epoch(task, interrupted)
-                    self._heed(interrupted)
+        self._restore()
+        total = self._plan.epochs * self._epoch_length
+        tracking = engine.tracking(self._engine, self._name, self._plan, self._folder)
+        with tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
+            while len(self._curve) < self._plan.epochs:
+                self._run_epoch(task, interrupted)
+                self._heed(interrupted)
         if self._best is not None:
             self._student.load_state_dict(self._best)
         return tuple(self._curve)
@@ -219,7 +218,9 @@ class Trainer:
         warm, total = self._plan.warmup_epochs * length, self._plan.epochs * length
         if self._step < warm:
             return self._plan.lr * (self._step + 1) / (warm + 1)
-        return self._plan.lr * 0.5 * (1 + math.cos(math.pi * (self._step - warm) / max(total - warm, 1)))
+        # Resumed with other processes, an epoch may have other batches than were counted.
+        done = min((self._step - warm) / max(total - warm, 1), 1.0)
+        return self._plan.lr * 0.5 * (1 + math.cos(math.pi * done))
 
     def _note(self) -> str:
         last = f" top1 {self._curve[-1].top1:.4f}" if self._curve and self._curve[-1].top1 is not None else ""
@@ -262,7 +263,9 @@ class Trainer:
         parallel.copy_from_first(model)  # statistics of batches, which differ between processes
         split = self._data.validation
         part = Split(split.source, parallel.share(split.indices))
-        hits = topk(predict(model, part, self._preprocessing), part.labels, 1) * len(part) if len(part) else 0.0
+        reader = partial(evaluated, workers=self._plan.workers, seed=self._seed)
+        logits = predict(model, part, self._preprocessing, reader) if len(part) else None
+        hits = 0.0 if logits is None else topk(logits, part.labels, 1) * len(part)
         return sum(parallel.every(round(hits))) / len(split)
 
     def _diagnose(self) -> dict[str, float]:
@@ -289,7 +292,7 @@ class Trainer:
         ranks = parallel.every(mine)
         if parallel.rank() == 0:
             checkpoint.save(self._folder / "checkpoints", self._step, {**self._state(), "ranks": ranks}, self._made)
-        parallel.any_rank()
+        parallel.any_rank(False)  # rank 0 answers when it has written
 
     def _state(self) -> dict[str, Any]:
         return {

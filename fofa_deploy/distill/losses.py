@@ -113,7 +113,7 @@ def _standardize(embedding: Tensor) -> Tensor:
 def redundancy_loss(student: Tensor, teacher: Tensor, off_diagonal: float) -> Tensor:
     """RSD of projected student and teacher embeddings, both (B, d). arXiv 2507.21844.
 
-    C = Z_s^T Z_t / B;  L = (1/d) [sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2].
+    C = Z_s^T Z_t / B;  L = (1/d) [sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2]; the published code is without 1/d.
     """
     with torch.autocast(student.device.type, enabled=False):
         correlation = _standardize(student.float()).T @ _standardize(teacher.float()) / len(student)

@@ -81,7 +81,7 @@ class Objective(nn.Module):
             lesson = self._lesson(images if shown is None else shown, labels, student)
             for name, term in self.terms.items():
                 if self._teaches(name):
-                    terms |= term(lesson)
+                    terms |= _weighable(name, term(lesson), self.plan)
         scales = self.balance(terms, self.student.parameters()) if self.balance is not None else {}
         weighted = [getattr(self.plan.weights, name) * scales.get(name, 1.0) * term for name, term in terms.items()]
         return Losses(torch.stack(weighted).sum(), {name: term.detach() for name, term in terms.items()}, student.logits.detach())
@@ -102,15 +102,16 @@ class Objective(nn.Module):
             return nullcontext()
         if self._prefix is None:
             self._prefix = Prefix(self._frozen[0], branch.first_prompt, images[:1], self._whole)
-        return self._prefix.recording()
+        return self._prefix.recording(images)
 
     def _teach(self, images: Tensor, prompts: Mapping[int, Prompt]) -> Features:
-        with self._prefix.replaying(None if self._whole else len(images)) if self._prefix is not None else nullcontext():
+        prefix = self._prefix if self._prefix is not None and self._prefix.knows(images, prompts) else None
+        with prefix.replaying(None if self._whole else len(images)) if prefix else nullcontext():
             return self._run_teacher(images, prompts)
 
     def _run_teacher(self, images: Tensor, prompts: Mapping[int, Prompt] | None = None) -> Features:
         teacher = self._frozen[0]
-        if teacher.model.training:  # somebody else's train() call must not move BatchNorm statistics
+        if any(module.training for module in teacher.modules()):  # somebody else's train() must not move BatchNorm statistics
             teacher.eval()
         return teacher(images, prompts)  # type: ignore[no-any-return]
 
@@ -176,8 +177,20 @@ def _check_grids(model: TappedModel, seen: Features) -> None:
     """The model was looked at in eval mode: what drops tokens in training would be taken for a smaller image."""
     for stage, grid in zip(model.stages, seen.maps, strict=True):
         if grid.shape[1:] != stage.shape:
-            problem = f"{stage.module} passes {tuple(grid.shape[1:])} in training, and {stage.shape} otherwise"
-            raise ModelError(problem, "switch off what drops tokens in training, such as patch_drop_rate")
+            problem = f"{stage.module} passes {tuple(grid.shape[1:])}, and passed {stage.shape} when it was looked at"
+            action = (
+                "tap the model at the size of these images, and switch off what drops tokens in training, such as patch_drop_rate"
+            )
+            raise ModelError(problem, action)
+
+
+def _weighable(name: str, losses: dict[str, Tensor], plan: DistillPlan) -> dict[str, Tensor]:
+    """A term's losses, if each has a weight, and one the term's own name: by it, it is balanced."""
+    if unweighed := [each for each in losses if each not in type(plan.weights).model_fields]:
+        raise ModelError(f"term {name} gives a loss {unweighed[0]!r} that has no weight", "add a field of that name to WeightsPlan")
+    if name not in losses:
+        raise ModelError(f"term {name} gives {', '.join(losses) or 'no loss'}", f"name one loss {name!r}: by that it is balanced")
+    return losses
 
 
 def _check(student: TappedModel, teacher: TappedModel | None, plan: DistillPlan) -> None:

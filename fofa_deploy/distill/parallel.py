@@ -83,9 +83,14 @@ def leading() -> Iterator[None]:
 
 
 def announce(order: object) -> None:
-    """Tell the followers what to do next; None sends them home."""
+    """Tell the followers what to do next; None sends them home.
+
+    Raises:
+        TrainingError: as `unbroken`.
+    """
     if rank() == 0 and size() > 1:
-        dist.broadcast_object_list([order], src=0, group=_line())
+        with unbroken():
+            dist.broadcast_object_list([order], src=0, group=_line())
 
 
 def orders() -> Iterator[Any]:

@@ -6,7 +6,7 @@ Which modules that is depends on the model alone and is found once, on a probe, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +42,14 @@ class Prefix:
     def __init__(self, teacher: TappedModel, first: int, images: Tensor, whole: bool = True) -> None:
         self._model = teacher.model
         self.names = _outermost(_safe(teacher, first, images, whole))
+        self._first, self._whole = first, whole
         self._kept: dict[str, Tensor] = {}
+        self._images = images[:0]
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Keep what the prefix returns while the teacher runs."""
+    def recording(self, images: Tensor) -> Iterator[None]:
+        """Keep what the prefix returns while the teacher runs on ``images``."""
+        self._images = images
 
         def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
             return lambda _, inputs, output: self._kept.__setitem__(name, output)
@@ -55,6 +58,12 @@ class Prefix:
             for name in self.names:
                 hooks.enter_context(self._model.get_submodule(name).register_forward_hook(keep(name)))
             yield
+
+    def knows(self, images: Tensor, prompts: Mapping[int, object]) -> bool:
+        """Whether what was kept is what a pass over ``images`` computes: the same ones or their front, bent no earlier."""
+        same = images.data_ptr() == self._images.data_ptr() and images.stride() == self._images.stride()
+        count = len(images) == len(self._images) if self._whole else 0 < len(images) <= len(self._images)
+        return same and count and min(prompts, default=-1) >= self._first
 
     @contextmanager
     def replaying(self, count: int | None = None) -> Iterator[None]:
@@ -70,7 +79,7 @@ class Prefix:
                 del module.forward
                 if name in own:
                     module.forward = own[name]  # type: ignore[method-assign]
-            self._kept = {}
+            self._kept, self._images = {}, self._images[:0]
 
 
 def _constant(output: Tensor) -> Callable[..., Tensor]:

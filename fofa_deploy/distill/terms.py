@@ -1,6 +1,6 @@
 """What there is to learn from a teacher: one class per method, all with the same way in and out.
 
-A new method is a `Term`, a line in `TERMS` and its name in the plan.
+What a new method takes, docs/method.md says.
 """
 
 from __future__ import annotations

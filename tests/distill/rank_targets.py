@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_loop import distilled, retrained, small_plan
 from torch import nn
 
 from fofa_deploy.data import load_data
-from fofa_deploy.distill import parallel
+from fofa_deploy.distill import checkpoint, parallel
 from fofa_deploy.distill.job import Workshop
 from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.losses import redundancy_loss
@@ -65,7 +66,18 @@ def train(folder: Path, teacher: Path, overrides: tuple[str, ...], fate: str = "
         if fate == "terminated" and self._step == step and parallel.rank() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def saved(self):
+        save(self)
+        assert list((self._folder / "checkpoints").glob("step-*.pt")), "everybody waits until it is written"
+
+    def slowly(*arguments):
+        time.sleep(1.0)
+        write(*arguments)
+
     Trainer._train_step = stepped
+    save, write = Trainer._save, checkpoint.save
+    if fate == "slow":
+        Trainer._save, checkpoint.save = saved, slowly
     plan = small_plan(*overrides)
     if parallel.rank() == 0:
         with parallel.leading():

@@ -58,10 +58,30 @@ def test_passes_that_share_a_step_are_measured_once():
     assert found[-1] != found[0]
 
 
-def test_a_term_without_gradient_changes_nothing():
+def test_a_term_without_gradient_is_not_scaled_and_leaves_the_others_balanced():
     weight = torch.nn.Parameter(torch.ones(3))
-    scales = GradientBalance(["silent"], EVERY).train()({"ce": weight.sum(), "silent": 0 * weight.sum()}, [weight])
+    terms = {"ce": weight.sum(), "silent": 0 * weight.sum(), "loud": 4 * weight.sum()}
+    scales = GradientBalance(["silent", "loud"], EVERY).train()(terms, [weight])
     assert float(scales["silent"]) == 1.0
+    assert float(scales["loud"]) == pytest.approx(1 / 4)
+
+
+def test_what_was_known_of_a_term_outlasts_a_batch_of_which_it_says_nothing():
+    weight = torch.nn.Parameter(torch.ones(3))
+    balance = GradientBalance(["correlation"], 1).train()
+    terms = ({"ce": weight.sum(), "correlation": size * weight.sum()} for size in (4.0, 4.0, 0.0, 4.0))
+    found = [float(balance(each, [weight])["correlation"]) for each in terms]
+    assert found == pytest.approx([1 / 4] * 4)
+
+
+def test_a_term_that_begins_later_is_known_by_its_first_measurement():
+    weight = torch.nn.Parameter(torch.ones(3))
+    balance = GradientBalance(["late", "other"], 1).train()
+    for _ in range(3):
+        scales = balance({"ce": weight.sum(), "other": 2 * weight.sum()}, [weight])
+    assert float(scales["other"]) == pytest.approx(1 / 2)
+    scales = balance({"ce": weight.sum(), "other": 2 * weight.sum(), "late": 8 * weight.sum()}, [weight])
+    assert float(scales["late"]) == pytest.approx(1 / 8)
 
 
 def test_a_term_that_teaches_no_more_leaves_the_others_balanced():

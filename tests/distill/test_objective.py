@@ -1,15 +1,19 @@
 """The loss of every method: what it sums, what it trains, what it leaves alone."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from timm.layers import PatchDropout
 from torch import nn
 
-from fofa_deploy.config import DistillPlan
-from fofa_deploy.distill.engine import compiled
+from fofa_deploy import training
+from fofa_deploy.config import DistillPlan, WeightsPlan
+from fofa_deploy.distill import objective as objectives
+from fofa_deploy.distill.engine import _parts, compiled
 from fofa_deploy.distill.grids import resize
+from fofa_deploy.distill.lesson import Term
 from fofa_deploy.distill.objective import Objective
 from fofa_deploy.distill.taps import tap
 from fofa_deploy.errors import ModelError
@@ -122,10 +126,77 @@ def test_the_teacher_stays_frozen_and_in_eval(teacher, objective, batch):
     optimizer = torch.optim.AdamW(made.parameter_groups(1e-2, 0.05))
     for seed in range(2):
         step(made, batch(teacher, seed=seed), optimizer)
-    made.teacher.train()  # somebody else's mistake
-    step(made, batch(teacher), optimizer)
-    assert not any(module.training for module in made.teacher.modules())
+    for mistaken in (made.teacher, list(made.teacher.model.children())[-1]):  # somebody else's, of the whole or of a part
+        mistaken.train()
+        step(made, batch(teacher), optimizer)
+        assert not any(module.training for module in made.teacher.modules())
     assert all(torch.equal(value, before[key]) for key, value in made.teacher.state_dict().items())
+
+
+class Asking(Term):
+    """Asks the teacher about what the plain pass did not see, before FOFA's prompts ask about what it did."""
+
+    def forward(self, lesson):
+        self.turned = lesson.teach(lesson.images.flip(3), {}).logits
+        self.bent = lesson.teach(lesson.images, {0: double}).logits
+        return {"rsd": lesson.student.logits.sum() * 0}
+
+
+def double(grid):
+    return 2 * grid
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_teacher_answers_what_it_is_asked(objective, batch, share):
+    """Not what it was asked before: FOFA's own prompted pass begins with what the plain one computed."""
+    made = objective("vit", "cnn", method="rsd+fofa", fofa={"prompted_stages": (-1,), "prompt_share": share}).train()
+    made.terms["rsd"] = asking = Asking()
+    images, labels = batch()
+    with torch.no_grad():
+        turned, bent = (made.teacher(*asked).logits for asked in ((images.flip(3), {}), (images, {0: double})))
+    for _ in range(2):
+        made(images, labels)
+        assert torch.allclose(asking.turned, turned, atol=1e-5)
+        assert torch.allclose(asking.bent, bent, atol=1e-5)
+
+
+class Mine(Term):
+    """Penultimate vectors of one length."""
+
+    def __init__(self, student, teacher, plan, name="mine"):
+        super().__init__()
+        self.name = name
+
+    def forward(self, lesson):
+        student, teacher = (seen.embedding.norm(dim=1).mean() for seen in (lesson.student, lesson.teacher))
+        return {self.name: (student - teacher).square()}
+
+
+class Weights(WeightsPlan):
+    mine: float = 1.0
+
+
+def with_a_term(monkeypatch, term):
+    """The steps of docs/method.md, "A method of your own"."""
+    monkeypatch.setattr(objectives, "TERMS", {**objectives.TERMS, "mine": term})
+    for module in (training, objectives):
+        monkeypatch.setattr(module, "FEATURE_TERMS", (*training.FEATURE_TERMS, "mine"))
+
+
+def test_a_term_of_ones_own_is_balanced_and_stops_with_the_features(monkeypatch, objective, batch):
+    with_a_term(monkeypatch, Mine)
+    made = objective(method="mine+dist", balance="gradient", weights=Weights()).train()
+    assert made(*batch()).terms.keys() == {"ce", "dist", "mine"}
+    assert (made.balance.norms > 0).all()
+    made.progress = 0.5
+    assert made(*batch()).terms.keys() == {"ce", "dist"}
+
+
+@pytest.mark.parametrize(("name", "said"), [("mine_loss", r"mine.*'mine_loss' that has no weight"), ("rsd", "mine gives rsd")])
+def test_a_term_whose_losses_cannot_be_weighed_is_refused(monkeypatch, objective, batch, name, said):
+    with_a_term(monkeypatch, partial(Mine, name=name))
+    with pytest.raises(ModelError, match=said):
+        objective(method="mine+dist", weights=Weights())(*batch())
 
 
 def test_the_last_batch_may_be_smaller(objective, batch):
@@ -390,7 +461,7 @@ def test_rsd_compares_no_more_dimensions_than_a_pass_has_images(objective):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
 def test_compiled_in_parts_both_models_learn_as_uncompiled_ones_do(objective, batch, compiling):
     """Stages of other widths, a prompt between them, a smaller last batch, evaluation: each part is compiled for itself."""
-    plain = objective(method="fofa+rsd+dist", fofa={"prompted_stages": (-1,)}).train()
+    plain = objective(method="fofa+rsd+dist", balance="gradient", fofa={"prompted_stages": (-1,)}).train()
     made = [plain, copy.deepcopy(plain)]
     for model in (made[1].student, made[1].teacher):
         compiled(model)
@@ -409,5 +480,34 @@ def test_a_student_that_drops_tokens_in_training_is_refused(objective, batch):
     made.student.model.patch_drop = PatchDropout(0.75)  # 16 tokens become 4, which look like a grid
     with torch.no_grad():
         made.eval()(*batch())
-    with pytest.raises(ModelError, match=r"passes \(192, 2, 2\) in training, and \(192, 4, 4\) otherwise.*"):
+    with pytest.raises(ModelError, match=r"passes \(192, 2, 2\), and passed \(192, 4, 4\) when.*"):
         made.train()(*batch())
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.grids = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+        )
+        self.classifier = nn.Linear(8, 5)
+
+    def forward(self, images):
+        return self.classifier(self.grids(images).mean(dim=(2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+def test_kernels_that_another_program_left_on_disk_are_not_taken(batch, compiling, monkeypatch, tmp_path):
+    """Theirs may write over what was saved for the backward pass, which the balance of terms walks more than once."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    theirs, ours = (tap(Small().eval(), (3, 32, 32), names=("grids",)).train() for _ in range(2))
+    images, _ = batch("cnn")
+    with torch._functorch.config.patch(donated_buffer=True), torch.compiler.config.patch(cache_key_tag=""):
+        for part in _parts(theirs):
+            part.forward = torch.compile(part.forward, dynamic=False)
+        theirs(images).logits.square().sum().backward()
+    torch._dynamo.reset()
+    compiled(ours)
+    loss, weights = ours(images).logits.square().sum(), list(ours.parameters())
+    first, second = (torch.autograd.grad(loss, weights, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))

@@ -183,7 +183,7 @@ def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path, teacher):  # no
 def test_killed_or_terminated_together_they_resume_bit_identically(tmp_path, teacher, ranks):  # noqa: F811
     """With everything random that a student may do; the teacher is sharded, and the resumed run has data loader processes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    plan = ("distill.shard_teacher=true", "distill.accumulate=2")
+    plan = ("distill.shard_teacher=true", "distill.channels_last=true", "distill.accumulate=2")
     uninterrupted, _ = ranks(rank_targets.train, whole, teacher[1], plan)
 
     assert ranks(rank_targets.train, killed, teacher[1], plan, "killed", 2) == [None, None]
@@ -198,6 +198,11 @@ def test_killed_or_terminated_together_they_resume_bit_identically(tmp_path, tea
     assert ranks(rank_targets.train, killed, teacher[1], (*plan, "distill.workers=2"))[0] == uninterrupted
     strip = [[epoch.model_copy(update={"seconds": 0.0}) for epoch in read_curve(folder)] for folder in (whole, killed)]
     assert strip[0] == strip[1]
+
+
+def test_nobody_goes_on_before_a_checkpoint_is_written(tmp_path, teacher, ranks):  # noqa: F811
+    one, other = ranks(rank_targets.train, tmp_path / "student", teacher[1], ("distill.epochs=1",), "slow")
+    assert (bool(one), other) == (True, "")
 
 
 def test_a_process_that_dies_fails_the_others_soon(tmp_path, teacher, ranks):  # noqa: F811

@@ -19,7 +19,7 @@ def passes(teacher, images, first, replay):
     """Prompted logits and maps, and the gradient at the prompt, with or without what the plain pass kept."""
     factor = torch.tensor(1.5, requires_grad=True)
     prefix = Prefix(teacher, first, images[:1])
-    with torch.no_grad(), prefix.recording():
+    with torch.no_grad(), prefix.recording(images):
         teacher(images)
     with prefix.replaying() if replay else nullcontext():
         bent = teacher(images, {first: lambda grid: factor * grid})
@@ -48,7 +48,7 @@ def test_a_part_of_the_batch_gets_its_part_of_what_was_kept(kind, tapped, batch)
     prefix = Prefix(teacher, first, images[:1], whole=False)
     with torch.no_grad():
         computed = teacher(images[:2], {first: double})
-        with prefix.recording():
+        with prefix.recording(images):
             teacher(images)
         kept = len(prefix._kept)
         with prefix.replaying(2):
@@ -63,7 +63,7 @@ def test_the_prefix_is_not_computed_twice(tapped, batch):
     prefix = Prefix(teacher, 3, images[:1])
     runs = []
     teacher.model.get_submodule("layer2").get_submodule("0.conv1").register_forward_hook(lambda *_: runs.append(1))
-    with torch.no_grad(), prefix.recording():
+    with torch.no_grad(), prefix.recording(images):
         teacher(images)
     with prefix.replaying():
         teacher(images, {3: double})
@@ -77,7 +77,7 @@ def test_a_compiled_part_stays_compiled(tapped, batch):
     prefix = Prefix(teacher, 3, images[:1])
     part = teacher.model.get_submodule(prefix.names[0])
     compiled = part.forward = lambda *args: type(part).forward(part, *args)
-    with torch.no_grad(), prefix.recording():
+    with torch.no_grad(), prefix.recording(images):
         teacher(images)
     with prefix.replaying():
         teacher(images, {3: double})
