@@ -160,6 +160,20 @@ def test_the_teacher_answers_what_it_is_asked(objective, batch, share):
         assert torch.allclose(asking.bent, bent, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_step_computes_what_precedes_the_prompt_once(objective, batch, share, layout):
+    made = objective("vit", "cnn", fofa={"prompted_stages": (-1,), "prompt_share": share}).train()
+    images, labels = batch()
+    images = images.contiguous(memory_format=layout)
+    made(images, labels)  # looks for what may be replayed
+    runs = []
+    made.teacher.model.layer2[0].conv1.register_forward_hook(lambda *_: runs.append(1))
+    for count in (4, 3):
+        made(images[:count], labels[:count])
+    assert len(runs) == 2
+
+
 class Mine(Term):
     """Penultimate vectors of one length."""
 
