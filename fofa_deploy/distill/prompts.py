@@ -123,8 +123,15 @@ class Fusion2d(nn.Module):
         if gap.shape[-2] * gap.shape[-1] > size[0] * size[1]:
             gap = resize(gap, size)
         own, theirs = joint.weight.chunk(2, dim=1)
-        feedback = self.project(self.norm(gap.contiguous(memory_format=torch.channels_last)))
+        feedback = self.project(self._normalized(gap.contiguous(memory_format=torch.channels_last)))
         return functional.conv2d(grid, own, joint.bias) + resize(functional.conv2d(feedback, theirs), size)
+
+    def _normalized(self, gap: Tensor) -> Tensor:
+        """A single value per channel, of one image and one cell, has no variance: it goes by those that came before."""
+        norm = self.norm
+        if gap.numel() > gap.shape[1]:
+            return norm(gap)  # type: ignore[no-any-return]
+        return functional.batch_norm(gap, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
 class PromptBlock(nn.Module):
