@@ -60,15 +60,19 @@ class GradientBalance(nn.Module):
         if found.isfinite().all():
             # Zero is a term that says nothing of this batch, such as a correlation between its images where there is one.
             found = torch.where(found > 0, found, self.norms)
-            memory = torch.where(self.norms > 0, self._memory, 0.0)
-            self.norms.clamp_(max=_SURPRISE * found).lerp_(found, 1 - memory)
+            weight = torch.where(self.norms > 0, 1 - self._memory, 1.0)
+            self.norms.clamp_(max=_SURPRISE * found).lerp_(found, weight)
 
 
 def _gradient_norm(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Of the whole batch, wherever its parts are: averaged over processes first, whose parts differ by one image at most."""
+    """Of the whole batch, wherever its parts are: averaged over processes first, whose parts differ by one image at most.
+
+    Zero of a term that does not reach the parameters; of several processes, it may in some.
+    """
     for scale in (_ABOVE_UNDERFLOW, 1.0):
-        gradients = torch.autograd.grad(scale * term, parameters, retain_graph=True, allow_unused=True)
-        norm: Tensor = averaged(torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])).norm()
+        term = term if term.requires_grad else term + 0 * parameters[0].sum()
+        gradients = torch.autograd.grad(scale * term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+        norm: Tensor = averaged(torch.cat([gradient.float().flatten() for gradient in gradients])).norm()
         if norm.isfinite():
             break
     return norm / scale

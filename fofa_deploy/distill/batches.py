@@ -97,6 +97,7 @@ def read(batches: _Batches[Made], workers: int, seed: int) -> Iterator[Made]:
         return _raised(batches[number] for number in range(len(batches)))
     # An own generator: the loader would draw its base seed from the global one, and a resumed run would see another stream.
     generator = torch.Generator().manual_seed(seed)
+    workers = min(workers, len(batches))
     return _raised(
         DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_is, worker_init_fn=_steadfast, generator=generator)
     )

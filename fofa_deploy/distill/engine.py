@@ -107,7 +107,7 @@ def within_memory(plan: TrainPlan, name: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):  # as PyTorch says it
+        if "DataLoader worker (pid" in str(error):  # as PyTorch says it; what one raised is told otherwise
             action = "run the same command again with lower distill.workers, or teacher.fit.workers: memory may have been too small"
             raise TrainingError(f"{name}: a data loader process was killed", action) from error
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -130,7 +130,7 @@ class Trainer:
         self._restore()
         total = self._plan.epochs * self._epoch_length
         tracking = engine.tracking(self._engine, self._name, self._plan, self._folder)
-        with tracking, interruptible() as interrupted, self._progress.task(self._name, total, self._step) as task:
+        with interruptible() as interrupted, tracking, self._progress.task(self._name, total, self._step) as task:
             while len(self._curve) < self._plan.epochs:
                 self._run_epoch(task, interrupted)
                 self._heed(interrupted)

@@ -66,6 +66,13 @@ def test_a_term_without_gradient_is_not_scaled_and_leaves_the_others_balanced():
     assert float(scales["loud"]) == pytest.approx(1 / 4)
 
 
+def test_a_term_that_does_not_reach_the_student_leaves_the_others_balanced():
+    weight, other = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    terms = {"ce": weight.sum(), "constant": torch.zeros(()), "elsewhere": other.sum(), "loud": 4 * weight.sum()}
+    scales = GradientBalance(["constant", "elsewhere", "loud"], EVERY).train()(terms, [weight])
+    assert {name: float(scale) for name, scale in scales.items()} == {"constant": 1.0, "elsewhere": 1.0, "loud": 0.25}
+
+
 def test_what_was_known_of_a_term_outlasts_a_batch_of_which_it_says_nothing():
     weight = torch.nn.Parameter(torch.ones(3))
     balance = GradientBalance(["correlation"], 1).train()

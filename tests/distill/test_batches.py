@@ -101,6 +101,15 @@ def test_a_worker_that_is_killed_is_an_error_with_an_action(tmp_path, teacher, m
     assert "workers" in caught.value.action
 
 
+def test_what_a_worker_raises_is_told_as_it_is(tmp_path, teacher, monkeypatch):  # noqa: F811
+    def wrong(self, number):
+        raise RuntimeError("no such augmentation")
+
+    monkeypatch.setattr(Batches, "_made", wrong)
+    with pytest.raises(RuntimeError, match="no such augmentation"):
+        distilled(small_plan("distill.workers=1"), tmp_path / "student", teacher)
+
+
 def test_sigterm_may_come_twice_and_a_second_ctrl_c_acts_at_once():
     """Batch systems tell every process, and launchers pass it on."""
     before = signal.getsignal(signal.SIGTERM)

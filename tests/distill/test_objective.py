@@ -139,6 +139,7 @@ class Asking(Term):
     def forward(self, lesson):
         self.turned = lesson.teach(lesson.images.flip(3), {}).logits
         self.bent = lesson.teach(lesson.images, {0: double}).logits
+        self.cropped = lesson.teach(lesson.images[:, :, :16, :16], {3: double}).logits
         return {"rsd": lesson.student.logits.sum() * 0}
 
 
@@ -153,11 +154,12 @@ def test_the_teacher_answers_what_it_is_asked(objective, batch, share):
     made.terms["rsd"] = asking = Asking()
     images, labels = batch()
     with torch.no_grad():
-        turned, bent = (made.teacher(*asked).logits for asked in ((images.flip(3), {}), (images, {0: double})))
+        asked = (images.flip(3), {}), (images, {0: double}), (images[:, :, :16, :16], {3: double})
+        answers = [made.teacher(*each).logits for each in asked]
     for _ in range(2):
         made(images, labels)
-        assert torch.allclose(asking.turned, turned, atol=1e-5)
-        assert torch.allclose(asking.bent, bent, atol=1e-5)
+        for found, expected in zip((asking.turned, asking.bent, asking.cropped), answers, strict=True):
+            assert torch.allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
