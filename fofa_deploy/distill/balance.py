@@ -69,8 +69,8 @@ def _gradient_norm(term: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
 
     Zero of a term that does not reach the parameters; of several processes, it may in some.
     """
+    term = term if term.requires_grad else term + 0 * parameters[0].sum()
     for scale in (_ABOVE_UNDERFLOW, 1.0):
-        term = term if term.requires_grad else term + 0 * parameters[0].sum()
         gradients = torch.autograd.grad(scale * term, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
         norm: Tensor = averaged(torch.cat([gradient.float().flatten() for gradient in gradients])).norm()
         if norm.isfinite():

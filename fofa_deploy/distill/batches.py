@@ -1,4 +1,4 @@
-"""What a training step sees: this process's part of each batch, made here or in the data loader's workers."""
+"""What training steps and validation see: this process's part of each batch, made here or in the data loader's workers."""
 
 from __future__ import annotations
 

@@ -21,8 +21,6 @@ from fofa_deploy.errors import BackendError, PlanError, TrainingError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_KEPT = "fofa-deploy: no donated buffers"
-
 _PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -133,6 +131,9 @@ def compiled(tapped: TappedModel) -> None:
         # All bound methods are one function to dynamo: without isolation parts would use up each other's recompilations, and be
         # taken for one part that sees images of ever other sizes.
         part.forward = torch.compile(part.forward, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+
+
+_KEPT = "fofa-deploy: no donated buffers"
 
 
 def _keep_for_every_backward_pass() -> None:

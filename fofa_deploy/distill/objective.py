@@ -106,7 +106,7 @@ class Objective(nn.Module):
 
     def _teach(self, images: Tensor, prompts: Mapping[int, Prompt]) -> Features:
         prefix = self._prefix if self._prefix is not None and self._prefix.knows(images, prompts) else None
-        with prefix.replaying(None if self._whole else len(images)) if prefix else nullcontext():
+        with prefix.replaying(images) if prefix else nullcontext():
             return self._run_teacher(images, prompts)
 
     def _run_teacher(self, images: Tensor, prompts: Mapping[int, Prompt] | None = None) -> Features:

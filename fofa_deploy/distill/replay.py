@@ -66,8 +66,9 @@ class Prefix:
         return same and count and min(prompts, default=-1) >= self._first
 
     @contextmanager
-    def replaying(self, count: int | None = None) -> Iterator[None]:
-        """Hand out what was kept, of the first ``count`` images, instead of computing it; hooks run as ever. Then forget it."""
+    def replaying(self, images: Tensor) -> Iterator[None]:
+        """Hand out what was kept of ``images``, which it `knows`, instead of computing it; hooks run as ever. Then forget it."""
+        count = None if self._whole else len(images)  # of the whole batch, also what is not one row per image
         modules = {name: self._model.get_submodule(name) for name in self.names if name in self._kept}
         own = {name: vars(module)["forward"] for name, module in modules.items() if "forward" in vars(module)}  # compiled, say
         for name, module in modules.items():

@@ -18,7 +18,6 @@ from test_loop import distilled, small_plan, teacher  # noqa: F401 - a fixture
 from fofa_deploy.config import DataPlan
 from fofa_deploy.data import eval_batches, load_data
 from fofa_deploy.distill.batches import Batches, evaluated
-from fofa_deploy.distill.interrupt import interruptible
 from fofa_deploy.errors import DataError, TrainingError
 
 SECONDS = 20
@@ -108,16 +107,3 @@ def test_what_a_worker_raises_is_told_as_it_is(tmp_path, teacher, monkeypatch): 
     monkeypatch.setattr(Batches, "_made", wrong)
     with pytest.raises(RuntimeError, match="no such augmentation"):
         distilled(small_plan("distill.workers=1"), tmp_path / "student", teacher)
-
-
-def test_sigterm_may_come_twice_and_a_second_ctrl_c_acts_at_once():
-    """Batch systems tell every process, and launchers pass it on."""
-    before = signal.getsignal(signal.SIGTERM)
-    with interruptible() as interrupted:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert interrupted.is_set()
-        os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) is before

@@ -26,6 +26,7 @@ from fofa_deploy.distill import average, checkpoint, loop
 from fofa_deploy.distill.engine import _parts as parts_of
 from fofa_deploy.distill.engine import check, compiled
 from fofa_deploy.distill.fofa import FeatureBranch
+from fofa_deploy.distill.interrupt import interruptible
 from fofa_deploy.distill.job import WEIGHTS, Workshop, check_floor, read_curve, read_summary
 from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.objective import Objective
@@ -121,6 +122,19 @@ def test_ctrl_c_checkpoints_and_the_resumed_run_is_bit_identical(tmp_path, teach
     assert distilled(plan, tmp_path / "student", teacher) == digest_file(uninterrupted / WEIGHTS)
     strip = [epoch.model_copy(update={"seconds": 0.0}) for epoch in read_curve(tmp_path / "student")]
     assert strip == [epoch.model_copy(update={"seconds": 0.0}) for epoch in read_curve(uninterrupted)]
+
+
+def test_sigterm_may_come_twice_and_a_second_ctrl_c_acts_at_once():
+    """Batch systems tell every process, and launchers pass it on."""
+    before = signal.getsignal(signal.SIGTERM)
+    with interruptible() as interrupted:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupted.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_sigkill_in_mid_epoch_and_resume_is_bit_identical(tmp_path, teacher, uninterrupted):

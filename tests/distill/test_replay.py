@@ -21,7 +21,7 @@ def passes(teacher, images, first, replay):
     prefix = Prefix(teacher, first, images[:1])
     with torch.no_grad(), prefix.recording(images):
         teacher(images)
-    with prefix.replaying() if replay else nullcontext():
+    with prefix.replaying(images) if replay else nullcontext():
         bent = teacher(images, {first: lambda grid: factor * grid})
     bent.logits.square().sum().backward()
     return [bent.logits, *bent.maps, factor.grad], prefix.names
@@ -51,7 +51,7 @@ def test_a_part_of_the_batch_gets_its_part_of_what_was_kept(kind, tapped, batch)
         with prefix.recording(images):
             teacher(images)
         kept = len(prefix._kept)
-        with prefix.replaying(2):
+        with prefix.replaying(images[:2]):
             replayed = teacher(images[:2], {first: double})
     assert kept == len(prefix.names) > 0
     for one, other in zip([computed.logits, *computed.maps], [replayed.logits, *replayed.maps], strict=True):
@@ -65,7 +65,7 @@ def test_the_prefix_is_not_computed_twice(tapped, batch):
     teacher.model.get_submodule("layer2").get_submodule("0.conv1").register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad(), prefix.recording(images):
         teacher(images)
-    with prefix.replaying():
+    with prefix.replaying(images):
         teacher(images, {3: double})
     assert len(runs) == 1
     teacher(images, {3: double})  # and forgotten afterwards
@@ -79,7 +79,7 @@ def test_a_compiled_part_stays_compiled(tapped, batch):
     compiled = part.forward = lambda *args: type(part).forward(part, *args)
     with torch.no_grad(), prefix.recording(images):
         teacher(images)
-    with prefix.replaying():
+    with prefix.replaying(images):
         teacher(images, {3: double})
     assert part.forward is compiled
 
