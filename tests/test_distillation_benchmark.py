@@ -15,10 +15,11 @@ FASHION = Path("/usr/share/datasets/fashion-mnist")
 before = list(sys.path)
 sys.path.insert(0, str(FOLDER))
 import report  # noqa: E402 - from the benchmark's folder
+import run  # noqa: E402
 import study  # noqa: E402
 
 sys.path[:] = before  # the benchmarks' modules have common names
-for name in ("report", "study"):
+for name in ("report", "run", "study"):
     del sys.modules[name]
 
 SMALL, LONG = study.REGIMES["small"], study.REGIMES["long"]
@@ -61,6 +62,19 @@ def test_equal_compute_is_the_median_of_what_was_timed_side_by_side(regime):
     assert report.paces(lines, regime) == {("KD", "a"): 3.0, (study.DEFAULT, "a"): 1.0}
     assert report.paces(lines[:-1], regime)["KD", "a"] == 3.5, "a round of which one half is missing does not count"
     assert report.paces(lines[:1], regime) == {}
+
+
+def test_a_quick_run_leaves_out_what_only_explains_unless_it_is_named():
+    compared = list(run.compare(SMALL, 1))
+    explaining = {method.name for method in (*study.ABLATIONS, *study.RIVALS)}
+
+    def names(only: str | None, quick: bool) -> set[str]:
+        return {training.method.name for training in run.asked(compared, only, None, quick)}
+
+    assert names(None, quick=False) - names(None, quick=True) == explaining
+    assert study.DEFAULT in names(None, quick=True)
+    assert names("without attention", quick=True) == {"FOFA without attention"}
+    assert {training.pair.name for training in run.asked(compared, None, "vit", quick=True)} == {"cnn -> vit"}
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason=f"Debian's dataset-fashion-mnist is not installed in {FASHION}")

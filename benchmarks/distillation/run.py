@@ -260,6 +260,15 @@ def _tuned(method: study.Method, regime: study.Regime, lines: list[dict]) -> int
     return means.index(max(means))
 
 
+def asked(trainings: Iterable[Training], only: str | None, pair: str | None, quick: bool) -> Iterator[Training]:
+    """Those of the methods and pairs that are named; a quick run to which none is named leaves out what only explains."""
+    left_out = (*study.ABLATIONS, *study.RIVALS) if quick and not only else ()
+    for training in trainings:
+        named = (only or "") in training.method.name and (pair or "") in training.pair.name
+        if named and training.method not in left_out:
+            yield training
+
+
 PHASES = {"rate": rate, "screen": screen, "end": end, "tune": tune, "retune": retune, "pace": pace, "compare": compare}
 
 
@@ -284,10 +293,8 @@ def main(
     results = folder / RESULTS.name
     if phase != "report":
         room = Room(root, work.absolute(), threads, Quiet() if quiet else Terminal(), results)
-        left_out = (*study.ABLATIONS, *study.RIVALS) if quick and not only else ()
-        for training in PHASES[phase](chosen, 1 if quick else seeds):
-            named = (only or "") in training.method.name and (pair_name or "") in training.pair.name
-            if named and training.method not in left_out and not _is_done(training, recorded(results)):
+        for training in asked(PHASES[phase](chosen, 1 if quick else seeds), only, pair_name, quick):
+            if not _is_done(training, recorded(results)):
                 room.train(training)
     report.write(recorded(results), [chosen] if quick else study.REGIMES.values(), folder)
 
