@@ -172,7 +172,7 @@ class Run:
         def work(out: Path) -> None:
             self._prepared(first=self.teacher is None).distill(plan.student, plan.distill, out, self.teacher)
 
-        return self._stage("student", inputs, work, resumable=True)
+        return self._heard(self._stage("student", inputs, work, resumable=True))
 
     @cached_property
     def retrained(self) -> Path:
@@ -220,9 +220,12 @@ class Run:
             check = GraphCheck(folder=out, profile=find_profile(REFERENCE))
             run_isolated("fofa_deploy.verify:check_graph", check, Comparison, seconds=self.plan.limits.run_seconds)
 
-        graph = self._stage(stage, inputs, work)
-        self.notices += read_notices(graph)
-        return graph
+        return self._heard(self._stage(stage, inputs, work))
+
+    def _heard(self, folder: Path) -> Path:
+        """A stage's folder, whose notices are the run's from now on."""
+        self.notices += read_notices(folder)
+        return folder
 
     def _model_inputs(self, plan: ModelPlan, folder: Path) -> dict[str, object]:
         """All that decides a trained model's outputs."""
@@ -332,7 +335,7 @@ class Run:
             curves={name: curve for name, curve in trained.items() if curve},
             environment=environment.describe(),
             stages=tuple(self.store.timings),
-            notices=(*read_notices(self.student), *self.notices, *self.store.notices),
+            notices=(*self.notices, *self.store.notices),
             sidecar=Graph.load(self.graph).sidecar,
             command=f"fofa-deploy compress-and-export {folder}/{PLAN} --out {folder}",
         )

@@ -302,18 +302,22 @@ def test_other_preprocessing_makes_new_expectations(finished, tmp_path):
 
 
 def test_stages_one_by_one_end_in_a_report(tmp_path):
-    """The README's walk, on a small scale."""
-    out = tmp_path / "run"
-    sets = [part for text in (*SMALL, "targets=['cpu-onnxruntime']", "required=[]") for part in ("--set", text)]
+    """The README's walk, on a small scale; what a stage noticed is told by all verbs that go by it."""
+    out, noticed = tmp_path / "run", "distill.dkd_beta"
+    changes = (*SMALL, "targets=['cpu-onnxruntime']", "required=[]", f"{noticed}=4.0")
+    sets = [part for text in changes for part in ("--set", text)]
     for arguments in (
         ("distill", "demo", "--out", out, *sets),
         ("export", "demo", "--out", out, *sets),
         ("quantize", out),
         ("report", out),
     ):
-        done = fofa_deploy(*arguments)
+        done = fofa_deploy(*arguments, "--quiet")
         assert done.returncode == 0, (arguments, done.stderr)
-    assert read_report(out / "report.json").targets
+        assert arguments[0] == "report" or f"notice: without effect: {noticed}" in done.stderr, arguments
+    report = read_report(out / "report.json")
+    assert report.targets
+    assert any(notice.startswith(f"without effect: {noticed}") for notice in report.notices)
 
 
 @pytest.mark.parametrize("verb", ["quantize", "verify", "profile"])
@@ -370,6 +374,9 @@ def test_export_takes_a_ready_made_checkpoint(finished, tmp_path):
     done = fofa_deploy("export", weights, *model, *size)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).is_file()
+    done = fofa_deploy("quantize", tmp_path / "run", "--recipe", "qat-int8", "--quiet")
+    assert done.returncode == 3, "nothing could be tried"
+    assert "notice: no quantization-aware training: images without labels train nothing" in done.stderr
 
 
 def test_sigkill_while_distilling_and_the_same_command_finishes(tmp_path):

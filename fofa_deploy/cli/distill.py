@@ -20,7 +20,7 @@ def command(plan: str, out: Path, overrides: tuple[str, ...], force: bool, quiet
     from fofa_deploy.config import load_plan
 
     resolved = load_plan(plan, overrides)
-    from fofa_deploy.cli.show import progress
+    from fofa_deploy.cli.show import notices, progress
     from fofa_deploy.distill.job import read_summary
     from fofa_deploy.pipeline import follow, opened
 
@@ -30,3 +30,4 @@ def command(plan: str, out: Path, overrides: tuple[str, ...], force: bool, quiet
         summary = read_summary(run.student)
         accuracy = "" if summary.top1 is None else f", test top-1 {summary.top1:.2%}"
         click.echo(f"{summary.model}: {summary.params:,} parameters{accuracy}\n{run.student / 'weights.safetensors'}")
+        notices(run)

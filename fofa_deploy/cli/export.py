@@ -43,10 +43,11 @@ def command(
         raise click.UsageError("a checkpoint needs --model, --classes and --images")
     else:
         plan = ready_made(Path(source), model, classes, images, overrides)
-    from fofa_deploy.cli.show import progress
+    from fofa_deploy.cli.show import notices, progress
     from fofa_deploy.pipeline import follow, opened
 
     if follow(plan):
         return
     with opened(plan, out, progress(quiet), force) as run:
         click.echo(run.graph / "model.onnx")
+        notices(run)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import click
 
+from fofa_deploy.cli import options
+
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path, exists=True, file_okay=False))
-def command(run: Path) -> None:
+@options.quiet
+def command(run: Path, quiet: bool) -> None:
     """Write the reports of RUN again from its report.json; without one, measure what was trained and write the first."""
     from fofa_deploy.report import read_report, write_report
 
@@ -20,8 +23,8 @@ def command(run: Path) -> None:
         from fofa_deploy.cli.show import progress
         from fofa_deploy.pipeline import reopened
 
-        with reopened(run, progress(quiet=False), stored=True) as trained:
+        with reopened(run, progress(quiet), stored=True) as trained:
             trained.student  # noqa: B018 - where it was never trained, says so: a report is no reason to
-        with reopened(run, progress(quiet=False), stored=False) as finished:
+        with reopened(run, progress(quiet), stored=False) as finished:
             finished.report(*finished.targets())
     click.echo((run / "report.html").absolute())

@@ -26,7 +26,7 @@ def command(plan: str, out: Path, overrides: tuple[str, ...], force: bool, quiet
     resolved = load_plan(plan, overrides)
     if resolved.student.model != AUTO:
         raise PlanError(f"the plan names its student, {resolved.student.model}", f"set student.model = {AUTO!r} to have one chosen")
-    from fofa_deploy.cli.show import progress
+    from fofa_deploy.cli.show import notices, progress
     from fofa_deploy.pipeline import opened
     from fofa_deploy.select.apart import commands
 
@@ -37,3 +37,4 @@ def command(plan: str, out: Path, overrides: tuple[str, ...], force: bool, quiet
         click.echo(out / "selection")
         if lines := commands(selection, run.plan, out):
             click.echo("\n".join(["", "targets have students of their own; run", *lines]))
+        notices(run)

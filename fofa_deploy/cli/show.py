@@ -15,6 +15,7 @@ from fofa_deploy.progress import Progress, Quiet, Terminal, one_line
 
 if TYPE_CHECKING:
     from fofa_deploy.files import FileRow
+    from fofa_deploy.pipeline import Run
     from fofa_deploy.results import Measurement, RunReport, TargetRow
 
 LOG_WIDTH = 1000
@@ -102,6 +103,12 @@ def _figures(found: Measurement, notes: Sequence[str]) -> list[str]:
         *figures,
         escape("; ".join(notes)),
     ]
+
+
+def notices(run: Run) -> None:
+    """What a run has noticed so far, on standard error; its report, where one is written, has it too."""
+    for notice in (*run.notices, *run.store.notices):
+        click.echo(f"notice: {one_line(notice)}", err=True)
 
 
 def outcome(report: RunReport, out: Path) -> None:

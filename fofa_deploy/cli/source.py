@@ -105,14 +105,18 @@ def open_source(
         with _open_onnx(source, progress, fresh) as tuner:
             yield tuner, [profile]
         return
+    from fofa_deploy.cli.show import notices
     from fofa_deploy.pipeline import reopened
 
     if source.out or source.images or source.pixels:
         others = "--out, --images and --pixels"
         raise click.UsageError(f"{others} go with an ONNX file; {source.path} is a run directory and has its own")
     with reopened(source.path, progress, stored=not build) as run:
-        tuner = run.tuner(source.recipe, fresh=fresh, build=build, timed=timed)
-        yield tuner, [find_profile(source.profile)] if source.profile else run.profiles
+        try:
+            tuner = run.tuner(source.recipe, fresh=fresh, build=build, timed=timed)
+            yield tuner, [find_profile(source.profile)] if source.profile else run.profiles
+        finally:
+            notices(run)
 
 
 @contextmanager
