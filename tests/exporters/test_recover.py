@@ -16,7 +16,7 @@ from fofa_exporters._quantization import Scheme, prepare, quantized
 from fofa_exporters._quantization.recover import _Folded, _strides, learned, smoothed
 from fofa_exporters._quantization.statistics import Channels, observe
 
-from .conftest import Captured
+from .conftest import SIZE, Captured
 
 
 def _run(model: onnx.ModelProto, inputs: np.ndarray) -> np.ndarray:
@@ -211,3 +211,39 @@ def test_convolutions_of_sequences_are_rounded_to_nearest(captured: dict[str, Ca
 
 def _run_all(model: onnx.ModelProto, inputs: np.ndarray) -> np.ndarray:
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"images": inputs})[0]
+
+
+def _clipped(low: float, high: float) -> onnx.ModelProto:
+    """A convolution behind a clip, its maps averaged into logits."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        "weight": rng.normal(size=(32, 3, 3, 3)) * 0.5,
+        "head": rng.normal(size=(10, 32)) * 0.2,
+        "low": np.array(low),
+        "high": np.array(high),
+    }
+    nodes = [
+        helper.make_node("Conv", ["images", "weight"], ["maps"], "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Clip", ["maps", "low", "high"], ["clipped"], "clip"),
+        helper.make_node("GlobalAveragePool", ["clipped"], ["pooled"], "pool"),
+        helper.make_node("Flatten", ["pooled"], ["flat"], "flatten"),
+        helper.make_node("Gemm", ["flat", "head"], ["logits"], "head", transB=1),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", *shape])
+        for name, shape in (("images", (3, SIZE, SIZE)), ("logits", (10,)))
+    ]
+    kept = [onnx.numpy_helper.from_array(value.astype(np.float32), name) for name, value in tensors.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], kept)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+
+
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("bounds", [(0.5, 2.0), (-2.0, -0.2), (0.0, 2.0), (-1.0, 1.0)])
+def test_a_clip_stays_where_no_range_does_what_it_does(captured: dict[str, Captured], bounds: tuple[float, float], signed: bool):
+    """Ranges hold zero: behind a clip to 0.5..2 they are 0..2, and what is dropped was not that."""
+    model, found = _clipped(*bounds), captured["cnn"]
+    scheme = Scheme(seven_bit_weights=True, signed_activations=signed)
+    expected = _run(model, found.inputs)
+    answered = _run(quantized(model, found.calibration, scheme), found.inputs)
+    assert np.linalg.norm(answered - expected) < 0.05 * np.linalg.norm(expected)

@@ -62,7 +62,8 @@ def _quantized(model: onnx.ModelProto, calibration: Calibration, scheme: Scheme)
         prepared, statistics = recover.smoothed(prepared, statistics, scheme.smoothing)
     if scheme.ranges == BEST:
         scheme = replace(scheme, ranges=best_ranges(prepared, statistics, calibration, scheme))
-    whole = [*written_out(prepared), *_onnx.stacked(prepared), *_onnx.grouped_transposed(prepared), *_idle_concats(prepared)]
+    whole = [*written_out(prepared), *_onnx.stacked(prepared), *_onnx.grouped_transposed(prepared)]
+    whole += [*_idle_concats(prepared), *_clips_off_zero(prepared)]
     in_float = [*most_sensitive(seen.errors, scheme.float_share), *whole]
     written = _write(prepared, statistics, scheme, in_float)
     if scheme.learned_rounding or scheme.bias_correction:
@@ -115,6 +116,18 @@ def _idle_concats(model: onnx.ModelProto) -> list[str]:
     """
     read_in_int8 = {name for node in model.graph.node if node.op_type in _OPERATORS for name in node.input}
     return [node.name for node in model.graph.node if node.op_type == "Concat" and node.output[0] not in read_in_int8]
+
+
+def _clips_off_zero(model: onnx.ModelProto) -> list[str]:
+    """Names of the clips whose bounds leave zero out, or are computed: ranges hold zero, so no range does what they do, and
+    onnxruntime's writer would drop them, as it drops those that the range of their output stands for."""
+    known = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    return [node.name for node in model.graph.node if node.op_type == "Clip" and not _holds_zero(node, known)]
+
+
+def _holds_zero(clip: onnx.NodeProto, known: Mapping[str, np.ndarray]) -> bool:
+    low, high = (*clip.input[1:], "", "")[:2]
+    return all(not name or (name in known and sign * known[name].item() <= 0) for name, sign in ((low, 1), (high, -1)))
 
 
 def _least_means(model: onnx.ModelProto, extents: Mapping[str, float]) -> dict[str, float]:
