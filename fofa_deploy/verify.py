@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from fofa_deploy.backend import Session, float_recipe, get_backend
 from fofa_deploy.config import AccuracyPlan
 from fofa_deploy.errors import BuildError, GraphError
 from fofa_deploy.metrics import Labels, Logits, compare, topk
+from fofa_deploy.profile import find_profile
 from fofa_deploy.results import Comparison
 from fofa_deploy.types import Artifact, Fraction, Frozen, Graph, HardwareProfile
 
@@ -127,21 +130,42 @@ def check_graph(request: GraphCheck) -> Comparison:
     Raises:
         GraphError: it says something else than PyTorch did.
     """
-    graph = Graph.load(request.folder)
-    backend = get_backend(request.profile.runtime)
-    recipe = float_recipe(backend, request.profile, graph)
-    with tempfile.TemporaryDirectory() as out:
-        artifact = backend.build(graph, recipe, None, Path(out))
-        with backend.load(artifact, request.profile) as session:
-            found = compare_golden(session, artifact, request.folder / "golden.npz")
-            if found.finite and found.relative_error is not None and found.relative_error <= GRAPH_TOLERANCE:
-                return found
-            unrest = _unrest(session, artifact, request.folder / "golden.npz")
+    graph, golden = Graph.load(request.folder), request.folder / "golden.npz"
+    with _opened(graph, request.profile) as (session, artifact):
+        found = compare_golden(session, artifact, golden)
+        if same_answers(found):
+            return found
+        unrest = _unrest(session, artifact, golden)
     problem = f"{graph.path} differs from PyTorch: {found.told_error}, agreement {found.agreement:.0%}"
     if unrest > GRAPH_TOLERANCE:
         cause = f"; but so do its own answers, by {unrest:.2g}, where its inputs change in their last bit"
         raise GraphError(problem + cause, "no runtime can repeat them: train the model on, or choose another student")
+    with _opened(graph, find_profile("reference")) as (session, artifact):
+        if same_answers(compare_golden(session, artifact, golden)):
+            cause = f"; but it does not where numpy evaluates it: {request.profile.runtime} runs it wrong"
+            raise GraphError(problem + cause, "choose another student, or another version of the runtime; and report it there")
     raise GraphError(problem, "the exporter mistranslated the model; choose another student, or report the model's name")
+
+
+@contextmanager
+def _opened(graph: Graph, profile: HardwareProfile) -> Iterator[tuple[Session, Artifact]]:
+    """The float graph itself in a runtime."""
+    backend = get_backend(profile.runtime)
+    with tempfile.TemporaryDirectory() as out:
+        artifact = backend.build(graph, float_recipe(backend, profile, graph), None, Path(out))
+        with backend.load(artifact, profile) as session:
+            yield session, artifact
+
+
+def answers_of(graph: Graph, profile: HardwareProfile, images: NDArray[np.uint8]) -> Logits:
+    """Logits float32 (N,K) of the float graph for uint8 images (N,C,H,W)."""
+    with _opened(graph, profile) as (session, artifact):
+        return run_all(session, artifact, images, 8)
+
+
+def same_answers(found: Comparison) -> bool:
+    """Whether a float graph has been run right, as far as rounding goes."""
+    return found.finite and found.relative_error is not None and found.relative_error <= GRAPH_TOLERANCE
 
 
 def _unrest(session: Session, artifact: Artifact, golden: Path) -> float:

@@ -30,4 +30,4 @@ def command(plan: str, out: Path, overrides: tuple[str, ...], force: bool, quiet
         summary = read_summary(run.student)
         accuracy = "" if summary.top1 is None else f", test top-1 {summary.top1:.2%}"
         click.echo(f"{summary.model}: {summary.params:,} parameters{accuracy}\n{run.student / 'weights.safetensors'}")
-        notices(run)
+        notices(run.notices, run.store.notices)

@@ -50,4 +50,4 @@ def command(
         return
     with opened(plan, out, progress(quiet), force) as run:
         click.echo(run.graph / "model.onnx")
-        notices(run)
+        notices(run.notices, run.store.notices)

@@ -37,4 +37,4 @@ def command(plan: str, out: Path, overrides: tuple[str, ...], force: bool, quiet
         click.echo(out / "selection")
         if lines := commands(selection, run.plan, out):
             click.echo("\n".join(["", "targets have students of their own; run", *lines]))
-        notices(run)
+        notices(run.notices, run.store.notices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from fofa_deploy.progress import Progress, Quiet, Terminal, one_line
 
 if TYPE_CHECKING:
     from fofa_deploy.files import FileRow
-    from fofa_deploy.pipeline import Run
     from fofa_deploy.results import Measurement, RunReport, TargetRow
 
 LOG_WIDTH = 1000
@@ -105,9 +105,9 @@ def _figures(found: Measurement, notes: Sequence[str]) -> list[str]:
     ]
 
 
-def notices(run: Run) -> None:
-    """What a run has noticed so far, on standard error; its report, where one is written, has it too."""
-    for notice in (*run.notices, *run.store.notices):
+def notices(*found: Sequence[str]) -> None:
+    """What has been noticed so far, on standard error; a run's report, where one is written, has it too."""
+    for notice in chain(*found):
         click.echo(f"notice: {one_line(notice)}", err=True)
 
 

@@ -116,17 +116,21 @@ def open_source(
             tuner = run.tuner(source.recipe, fresh=fresh, build=build, timed=timed)
             yield tuner, [find_profile(source.profile)] if source.profile else run.profiles
         finally:
-            notices(run)
+            notices(run.notices, run.store.notices)
 
 
 @contextmanager
 def _open_onnx(source: Source, progress: Progress, fresh: bool) -> Iterator[Tuner]:
     from fofa_deploy.adopt import Preparation, adopt
+    from fofa_deploy.cli.show import notices
     from fofa_deploy.store import Store
 
     with Store(source.out or source.path.with_suffix(".fofa")) as store:
         preparation = Preparation(mean=source.mean, std=source.std, pixels=source.pixels)
-        yield adopt(store, source.path, source.images, preparation, progress, replace(plain_settings(source), fresh=fresh))
+        try:
+            yield adopt(store, source.path, source.images, preparation, progress, replace(plain_settings(source), fresh=fresh))
+        finally:
+            notices(store.notices)
 
 
 def plain_settings(source: Source) -> Settings:
