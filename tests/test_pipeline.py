@@ -215,7 +215,10 @@ def test_required_targets_decide_success(finished):
     found = failures(small_plan("required=['rtx-desktop']"), report)
     assert [error.exit_code for error in found] == [3] or any(row.chosen for row in rows(report, "rtx-desktop"))
     rejected = [row.model_copy(update={"status": Status.REJECTED, "chosen": False}) for row in report.targets]
-    assert {error.exit_code for error in failures(small_plan(), report.model_copy(update={"targets": tuple(rejected)}))} == {1}
+    elsewhere = report.targets[0].model_copy(update={"target": "pi on a desk", "status": Status.VERIFIED, "chosen": True})
+    for targets in (rejected, [*rejected, elsewhere]):
+        found = failures(small_plan(), report.model_copy(update={"targets": tuple(targets)}))
+        assert {error.exit_code for error in found} == {1}, "what a device told before is not what was tried now"
 
 
 def test_verify_names_an_altered_artifact_and_repairs_nothing(finished):

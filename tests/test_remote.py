@@ -419,6 +419,7 @@ def test_the_command_line_measures_on_every_device(server, tmp_path):
     shown = run_cli("profile", "model.onnx", *arguments, *where, cwd=tmp_path)
     good, bad = json.loads(shown.stdout)
     assert (good["target"], good["status"], good["chosen"]) == ("cpu-onnxruntime on board", "verified", True)
+    assert good["reason"] == "gives the right outputs there", "it was compared with no other"
     assert good["measurement"]["batch"] == 2
     assert good["golden"]["relative_error"] < 1e-5
     assert {layer["precision"] for layer in good["layers"]} == {"fp32"}

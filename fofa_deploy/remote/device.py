@@ -116,7 +116,17 @@ def _measured(place: Place, tuner: Tuner, profile: HardwareProfile, rows: Sequen
             examine(place, profile)
     except (StageError, UserError, UnavailableError) as error:
         return [_ended(row, Status.SKIPPED, error) if row.status in SENT else row for row in there]
-    return tuner.choose(profile, [_sent(place, tuner, profile, row) if row.status in SENT else row for row in there])
+    return _chosen(tuner, profile, [_sent(place, tuner, profile, row) if row.status in SENT else row for row in there])
+
+
+def _chosen(tuner: Tuner, profile: HardwareProfile, rows: Sequence[TargetRow]) -> list[TargetRow]:
+    """With the fastest marked, which goes on telling what else came of it there; one by itself was not compared."""
+    known = {row.recipe: row.reason for row in rows}
+
+    def told(row: TargetRow) -> str:
+        return known[row.recipe] if len(rows) == 1 else f"{row.reason}; {known[row.recipe]}"
+
+    return [row.model_copy(update={"reason": told(row)}) if row.chosen else row for row in tuner.choose(profile, rows)]
 
 
 def _sent(place: Place, tuner: Tuner, profile: HardwareProfile, row: TargetRow) -> TargetRow:
@@ -191,7 +201,7 @@ def import_results(
     job = job_for(candidate, asked.grid, asked.measure, tuner.settings.limits)
     limits = {"build_seconds": asked.build_seconds, "run_seconds": asked.run_seconds, "memory_bytes": asked.memory_bytes}
     there = row.model_copy(update={**NOT_FROM_HERE, "target": f"{profile.name} on {device or results.machine().cpu}"})
-    return tuner.choose(profile, [_believed(results, job.model_copy(update=limits), candidate.golden, there, tuner)])[0]
+    return _chosen(tuner, profile, [_believed(results, job.model_copy(update=limits), candidate.golden, there, tuner)])[0]
 
 
 def _believed(results: Results, job: Job, golden: Path, row: TargetRow, tuner: Tuner) -> TargetRow:

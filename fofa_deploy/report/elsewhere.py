@@ -29,7 +29,7 @@ def _p50(row: TargetRow) -> float:
 
 
 def kept(root: Path, rows: Sequence[TargetRow], targets: Collection[str]) -> list[TargetRow]:
-    """Of the report that is there, the rows of other targets than the run's own, as far as the artifacts are still those.
+    """Of the report that is there, the rows from devices that are no targets of the run, as far as the artifacts are still those.
 
     An artifact that was built for a device alone is in no row of today: it counts while it is of the graph that is there.
     """
@@ -39,7 +39,7 @@ def kept(root: Path, rows: Sequence[TargetRow], targets: Collection[str]) -> lis
         return []
     built = {(row.recipe, row.sha256) for row in rows}
     graphs = [digest_file(path) for path in root.glob("graph*/model.onnx")]
-    others = [row for row in before if row.target not in targets]
+    others = [row for row in before if row.target not in targets and row.target != row.profile]  # which was a target once
     return [row for row in others if (row.recipe, row.sha256) in built or _graph_of(root, row) in graphs]
 
 

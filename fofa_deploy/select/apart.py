@@ -32,6 +32,7 @@ def settled(selection: Selection, plan: RunPlan, run: Path, teacher: Path | None
 
 def commands(selection: Selection, plan: RunPlan, run: Path) -> tuple[str, ...]:
     """Where targets have several students, a run for each, as lines for a shell; each takes the splits and the teacher along."""
+    run = run.resolve()  # "." has no name that another could go beside
     students: dict[str, list[Choice]] = {}
     for choice in selection.choices:
         students.setdefault(choice.name, []).append(choice)

@@ -33,7 +33,7 @@ class Judged(Frozen):
     student: ModelPlan
     image_size: Size | None = Field(default=None, description="height, width; records from before it was a choice lack it")
     params: PositiveInt | None
-    fault: str = Field(default="", description="why it could not be captured")
+    fault: str = Field(default="", description="why it could not be captured, or trained")
     ready: bool = Field(default=False, description="the teacher itself; its one rung is the accuracy it has")
     targets: tuple[OnTarget, ...]
     rungs: tuple[Point, ...]
@@ -57,6 +57,8 @@ class Judged(Frozen):
             return f"not captured: {self.fault}" if self.fault else "not captured"
         if missed:
             return "; ".join(missed)
+        if self.fault:
+            return f"cannot be trained: {self.fault}"
         if self.ready:
             return "is there already; another is as good and faster, or better"
         return f"dropped after {len(self.rungs)} {'rung' if len(self.rungs) == 1 else 'rungs'}"

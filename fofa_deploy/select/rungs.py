@@ -69,13 +69,13 @@ class Halving:
     """Why a candidate could not be trained."""
 
     def climb(self, candidates: Sequence[Candidate], rival: bool = False) -> dict[str, Curve]:
-        """Every candidate's points, as far as it got; those that were dropped have fewer.
+        """The points of every candidate that can be trained, as far as it got; those that were dropped have fewer.
 
         Args:
             rival: the last one left has somebody to be compared with, who does not climb: it goes on to the top.
 
         Raises:
-            FofaError: what the last one raised, where none can be trained.
+            TrainingError: none can be trained, and there is no rival.
         """
         points: dict[str, list[Point]] = {candidate.name: [] for candidate in candidates}
         left = list(candidates)
@@ -84,13 +84,14 @@ class Halving:
                 if (top1 := self._known(candidate, rung)) is not None:
                     points[candidate.name].append(Point(seen=rung.seen, top1=top1))
             left = [candidate for candidate in left if candidate.name not in self.faults]
-            if candidates and not left:
-                problem = "; ".join(f"{candidate.name}: {self.faults[candidate.name]}" for candidate in candidates)
-                raise TrainingError(f"no candidate can be trained: {problem}", "mend one of them, or name others")
             left = sorted(left, key=lambda c: -points[c.name][-1].top1)[: math.ceil(self.plan.keep * len(left))]
-            if len(left) == 1 and not rival:
+            if not left or (len(left) == 1 and not rival):
                 break
-        return {name: Curve(points=tuple(found)) for name, found in points.items() if found}
+        found = {name: Curve(points=tuple(seen)) for name, seen in points.items() if seen and name not in self.faults}
+        if candidates and not found and not rival:
+            problem = "; ".join(f"{candidate.name}: {self.faults[candidate.name]}" for candidate in candidates)
+            raise TrainingError(f"no candidate can be trained: {problem}", "mend one of them, or name others")
+        return found
 
     def _known(self, candidate: Candidate, rung: Rung) -> float | None:
         """The score; None for a candidate that cannot be trained, which takes nobody along."""

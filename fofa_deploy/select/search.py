@@ -27,6 +27,8 @@ from fofa_deploy.tune import Evidence, Settings
 from fofa_deploy.tune.workbench import Workbench
 from fofa_deploy.types import Budget, Graph, HardwareProfile
 
+ANEW = "remove selection/ in the run directory to choose anew"
+
 
 def select_student(
     plan: RunPlan,
@@ -78,6 +80,7 @@ class Selector:
             notices=(
                 *(f"{name} cannot be captured: {fault}" for name, fault in faults.items()),
                 *(f"{name} cannot be trained: {fault}" for name, fault in untrained.items()),
+                *self._flattered(candidates),
                 *notices,
             ),
         )
@@ -114,6 +117,14 @@ class Selector:
         ready = {one.name: Curve(points=(self._reached(),)) for one in candidates if one.ready}
         return self.halving.climb([one for one in candidates if not one.ready], rival=bool(ready)) | ready
 
+    def _flattered(self, candidates: Sequence[Candidate]) -> list[str]:
+        """A notice where the teacher competes by images that it may have learned: it was not trained here."""
+        taught_by = self.halving.taught_by
+        if taught_by is None or taught_by[0].fit or not any(one.ready for one in candidates):
+            return []
+        told = "the teacher competes by its accuracy on validation images; where it was trained on them, that flatters it"
+        return [f"{told}: select.teacher = false leaves it out"]
+
     def _reached(self) -> Point:
         assert self.halving.taught_by, "it is a candidate"
         return Point(seen=self._seen, top1=read_summary(self.halving.taught_by[1]).top1_validation or 0.0)
@@ -146,7 +157,7 @@ class Selector:
                 except (StageError, UserError, UnavailableError) as error:
                     if profile.device.host:  # the choice would be stored, as if the device did not count
                         raise
-                    notices.append(f"{error.message}: {profile.name} has no say in the choice")
+                    notices.append(f"{error.message}: {profile.name} has no say in the choice; {ANEW} once it can")
                 else:
                     found[profile.name] = stopwatch.speeds(partial(self._fits, profile.name))
         if not found:

@@ -1,7 +1,7 @@
 """What candidates take on a target, measured: each is built by the first recipe of every family, and timed beside the others.
 
 Recipes of a family have one latency (`fofa_deploy.tune.search`). Those that are dear to build are left to candidates
-that do not fit by others of their precision. What the latency aid knows is neither built nor timed again.
+that do not fit by others of their precision. What the latency aid knows is neither built nor timed again, unless it was too slow.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fofa_deploy.backend import get_backend
 from fofa_deploy.errors import BackendError, FofaError, StageError, UnavailableError, UserError
 from fofa_deploy.measure import Candidate, patient
 from fofa_deploy.results import Measurement
-from fofa_deploy.select.choose import Speed
+from fofa_deploy.select.choose import Speed, misses
 from fofa_deploy.select.clocks import Clock, clock_for
 from fofa_deploy.select.table import Figures, LatencyTable, Setting
 from fofa_deploy.store import digest
@@ -23,6 +23,8 @@ from fofa_deploy.types import Artifact, Budget, HardwareProfile, Probe, Recipe, 
 
 GROUP = 8
 """Artifacts that are loaded at a time, the common reference among them."""
+
+TIMES = ("p50_ms", "p90_ms", "throughput_sps")
 
 AGAIN = "run the same command again: what has been timed is not timed again"
 
@@ -61,6 +63,7 @@ class Stopwatch:
         self._probe: Probe = diagnosis.probe(profile)
         self._clock = clock or clock_for(profile, self._probe)
         self._reasons: dict[str, dict[str, str]] = {name: {} for name in benches}
+        self._timed: set[Setting] = set()
 
     @property
     def fingerprint(self) -> str:
@@ -85,14 +88,11 @@ class Stopwatch:
         self._time([(entry, artifact) for entry in fresh if (artifact := self._built(entry))])
 
     def _known(self, entry: _Entry) -> bool:
-        """By the aid, unless a limit is set now on a p90 for which there were too few runs then."""
-        figures, limit = self._table.find(entry.setting), self._p90_limit
-        return figures is not None and not (limit and figures.p90_ms is None and figures.p50_ms <= limit)
-
-    @property
-    def _p90_limit(self) -> float | None:
-        """The lowest of the profile's and the plan's, in ms."""
-        return min((budget.p90_ms for budget in self._limits if budget.p90_ms), default=None)
+        """By the aid. What misses a limit on time is believed where it was timed just now: a machine is not always as busy."""
+        figures = self._table.find(entry.setting)
+        if figures is None or entry.setting in self._timed:
+            return figures is not None
+        return not any(miss.figure in TIMES for miss in misses(_speed(entry.name, figures), self._limits))
 
     @property
     def _limits(self) -> list[Budget]:
@@ -192,6 +192,7 @@ class Stopwatch:
             peak_rss_bytes=found.peak_rss_bytes,
         )
         self._table.keep(entry.setting, figures)
+        self._timed.add(entry.setting)
 
 
 def _spared(entry: _Entry, entries: Sequence[_Entry]) -> bool:

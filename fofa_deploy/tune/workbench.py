@@ -14,7 +14,7 @@ from fofa_deploy.judge import accuracy_problem, precision_problem
 from fofa_deploy.progress import Progress
 from fofa_deploy.results import TargetRow
 from fofa_deploy.serving import write_example
-from fofa_deploy.store import Store
+from fofa_deploy.store import Store, digest, manifests
 from fofa_deploy.tune.evidence import Evidence, Settings
 from fofa_deploy.tune.rows import first_line, row_of, with_artifact
 from fofa_deploy.types import Artifact, Calibration, Frozen, Graph, HardwareProfile, Probe, Recipe, Status
@@ -25,9 +25,14 @@ OBSERVED = ("statistics", "sensitivity")
 
 
 def sensitivity(root: Path) -> dict[str, float]:
-    """What quantizing each layer alone does to the logits of a run's student, the worst first; empty where no recipe asked."""
-    path = root / "observed" / "graph" / "sensitivity" / "sensitivity.json"
-    found: dict[str, float] = json.loads(path.read_bytes()) if path.is_file() else {}
+    """What quantizing each layer alone does to the logits of a run's student, the worst first; empty where no recipe asked.
+
+    What an earlier student of the run was asked is nothing of this one.
+    """
+    folder, graph = root / "observed" / "graph" / "sensitivity", root / "graph" / "model.onnx"
+    if not graph.is_file() or digest(graph) not in {manifest.inputs["graph"] for manifest in manifests(folder)}:
+        return {}
+    found: dict[str, float] = json.loads((folder / "sensitivity.json").read_bytes())
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 

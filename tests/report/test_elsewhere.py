@@ -33,6 +33,13 @@ def test_a_run_that_is_finished_anew_keeps_what_devices_told_of_artifacts_it_sti
     assert kept(tmp_path, [mine], {"pi"}) == [there[0]], "the other one's artifact is gone"
 
 
+def test_a_target_that_the_plan_has_no_more_is_not_kept(tmp_path):
+    mine = row(target="pi", recipe="int8", sha256="sha of int8")
+    before = row(target="cpu-onnxruntime", recipe="int8", sha256="sha of int8", p50=1.0, chosen=True)
+    write_report(sample(targets=(mine, before)), tmp_path)
+    assert kept(tmp_path, [mine], {"pi"}) == []
+
+
 def test_what_was_built_for_a_device_alone_is_kept_while_its_graph_is_there(tmp_path):
     graph = write_graph(tmp_path / "graph")
     artifact = Artifact.load(build(graph, "cpu-onnxruntime", tmp_path / "artifacts" / "jetson" / "fp16"))

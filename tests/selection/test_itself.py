@@ -1,11 +1,15 @@
 """The teacher is a candidate that needs no training: chosen where it keeps the budget and nobody is as good."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from fofa_deploy.config import load_plan
+from fofa_deploy.config import TeacherPlan, load_plan
 from fofa_deploy.distill.job import read_curve
 from fofa_deploy.pipeline import compress_and_export, opened, reopened
 from fofa_deploy.progress import Quiet
+from fofa_deploy.select.candidates import itself
+from fofa_deploy.select.search import Selector
 from fofa_deploy.types import Status
 
 TEACHER = "{channels=[32,32,64,64],stem_width=16}"
@@ -76,3 +80,13 @@ def test_otherwise_a_student_is_trained(chosen, more):
 def test_a_pruned_teacher_is_no_student(chosen):
     with opened(load_plan("demo", [*SMALL, "teacher.prune=0.25"]), chosen[0], Quiet(), force=True) as run:
         assert [one.name for one in run.selection.candidates] == ["vit-16"]
+
+
+@pytest.mark.parametrize(("teacher", "told"), [({"fit": {"epochs": 1}}, 0), ({"checkpoint": "teacher.safetensors"}, 1)])
+def test_the_accuracy_of_a_teacher_from_elsewhere_may_flatter_it(teacher, told):
+    taught_by = TeacherPlan(model="timm:resnet18", **teacher), None
+    selector = Selector(load_plan("demo", SMALL), (), None, SimpleNamespace(taught_by=taught_by), None)
+    notices = selector._flattered([itself(taught_by[0], (16, 16))])
+    assert len(notices) == told
+    assert all("select.teacher = false" in notice for notice in notices)
+    assert selector._flattered([]) == []

@@ -52,12 +52,15 @@ class Trained(Halving):
         self.alike.setdefault(candidate.name, 0)
         self.alike[candidate.name] += 1
         score = SCORES[candidate.name]
+        if isinstance(score, list):
+            score = score[rung.number - 1]
         if isinstance(score, Exception):
             raise score
         return score
 
 
-SCORES = {"good": 0.9, "poor": 0.2, "broken": TrainingError("its loss is no number", "lower lr")}
+LOST = TrainingError("its loss is no number", "lower lr")
+SCORES = {"good": 0.9, "poor": 0.2, "broken": LOST, "late": [0.95, LOST]}
 
 
 def halving(rungs=3):
@@ -83,3 +86,14 @@ def test_one_that_cannot_be_trained_takes_nobody_along():
     assert search.alike["broken"] == 1
     with pytest.raises(TrainingError, match="no candidate can be trained: broken: its loss is no number"):
         halving().climb(those("broken"))
+
+
+def test_where_the_last_ones_fail_those_that_were_dropped_before_them_are_judged():
+    search = halving()
+    found = search.climb(those("late", "poor"), rival=True)
+    assert {name: len(curve.points) for name, curve in found.items()} == {"poor": 1}
+    assert search.faults == {"late": "its loss is no number"}
+
+
+def test_a_rival_stands_where_nobody_can_be_trained():
+    assert halving().climb(those("broken"), rival=True) == {}

@@ -1,5 +1,6 @@
 """A student is chosen for real: digits, small networks of three families, two runtimes."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from fofa_deploy.pipeline import compress_and_export, opened
 from fofa_deploy.progress import Quiet
 from fofa_deploy.report import read_report
 from fofa_deploy.select import clocks
+from fofa_deploy.select.apart import commands
 from fofa_deploy.select.record import Selection
 from fofa_deploy.store import manifests
 
@@ -233,6 +235,8 @@ def test_each_target_gets_its_own_student_and_the_commands_make_them(divided):
     lines = [line for line in refused.stderr.splitlines() if line.startswith(("mkdir", "cp", "fofa-deploy"))]
     assert len(lines) == 6
     assert all(line in done.stdout.splitlines() for line in lines)
+    with contextlib.chdir(out):
+        assert list(commands(found, load_plan(str(plan)), Path())) == lines, "a folder that is named by its place"
     script = "\n".join(line.replace("fofa-deploy", f"{sys.executable} -m fofa_deploy", 1) for line in lines)
     made = subprocess.run(["sh", "-ec", script], capture_output=True, text=True, timeout=600, check=False)
     assert made.returncode == 0, made.stderr
