@@ -31,7 +31,7 @@ from fofa_deploy.types import Artifact, Budget, Feeds, Frozen, HardwareProfile, 
 __all__ = ["Candidate", "FileCandidate", "FileRunner", "Runner", "measure", "peak_rss_bytes", "runs_for", "summarize"]
 
 SETTLE_RUNS = 2
-"""Unmeasured runs at the start of a block: the caches belonged to another candidate."""
+"""Unmeasured runs at the start of a block."""
 
 NOISY = 0.15
 """Coefficient of variation above which the reader is warned."""
@@ -81,12 +81,16 @@ class Runner:
         self._session = load().__enter__()
         self._load_ms = (time.perf_counter_ns() - opened) / 1e6
         self._meter = Meter.beside(self._session.device, profile.device.name)
-        self._first_run_ms = self.block(1)[0] / 1e6
+        self._first_run_ms = self.warm_up(1)[0] / 1e6
         self._cold_ms = (time.perf_counter_ns() - started) / 1e6
-        self._meter.clear()
+
+    def warm_up(self, runs: int) -> list[int]:
+        """Nanoseconds of each of ``runs`` runs that are no part of the sample; every output is touched."""
+        return timing.timed(self._run, runs)
 
     def block(self, runs: int) -> list[int]:
-        """Nanoseconds of each of ``runs`` runs; every output is touched."""
+        """The same of runs that are, and whose energy counts, after a few that settle the caches: they belonged to others."""
+        self.warm_up(SETTLE_RUNS)
         with self._meter.over(runs):
             return timing.timed(self._run, runs)
 
@@ -125,20 +129,25 @@ class _Entrant:
     child: Child
     warmup: int = 0
     times: list[int] = field(default_factory=list)
+    size: int = 0
+    """Runs of a block."""
+    share: float = 0.0
+    """How much of its sample there is, and how much of it a block is worth."""
+    step: float = 0.0
 
     def warm_up(self, plan: MeasurePlan) -> None:
         """By time and by count: a 20 ms model needs the runs, a 0.1 ms model the time."""
-        started = time.monotonic()
+        started, times = time.monotonic(), [1]
         while self.warmup < plan.warmup_runs or time.monotonic() - started < plan.warmup_seconds:
-            self.times = self.child.call("block", runs=5)
+            times = self.child.call("warm_up", runs=5)
             self.warmup += 5
+        self.size = timing.block_runs(times)
 
-    @property
-    def block_runs(self) -> int:
-        return timing.block_runs(self.times)
-
-    def share(self, plan: MeasurePlan) -> float:
-        return timing.share(self.times, plan.seconds, plan.max_seconds)
+    def go_on(self, plan: MeasurePlan) -> None:
+        """One more block."""
+        self.times += self.child.call("block", runs=self.size)
+        before, self.share = self.share, timing.share(self.times, plan.seconds, plan.max_seconds)
+        self.step = self.share - before
 
 
 def measure(
@@ -146,8 +155,8 @@ def measure(
 ) -> list[Measurement | FofaError]:
     """Measure the candidates side by side; the result has one entry per candidate, in their order.
 
-    Blocks of about 50 ms alternate in an order shuffled anew each round, so that a disturbance of the machine hits all
-    alike. A candidate that cannot be loaded or dies is returned as its error; the others go on.
+    Blocks of about 50 ms alternate in an order shuffled anew each round, and all samples grow alike, to the end: a disturbance of
+    the machine hits all of them. A candidate that cannot be loaded or dies is returned as its error; the others go on.
     """
     failed: dict[int, FofaError] = {}
     found: dict[int, Measurement] = {}
@@ -173,22 +182,21 @@ def measure(
 def _race(
     entrants: dict[int, _Entrant], failed: dict[int, FofaError], plan: MeasurePlan, rng: random.Random, progress: Progress
 ) -> None:
-    sizes = {number: entrant.block_runs for number, entrant in entrants.items()}
-    for entrant in entrants.values():
-        entrant.times = []
     running, told = list(entrants), 0
     with progress.task(f"measure {len(running)}, %", 100) as task:
         while running:
             rng.shuffle(running)
+            behind = min(entrants[number].share for number in running)
             for number in running:
+                entrant = entrants[number]
+                if entrant.share > behind + entrant.step:
+                    continue  # a block ahead of somebody, who is waited for: nobody is to be measured alone at the end
                 try:
-                    times = entrants[number].child.call("block", runs=SETTLE_RUNS + sizes[number])
-                    entrants[number].times += times[SETTLE_RUNS:]
+                    entrant.go_on(plan)
                 except FofaError as error:
                     failed[number] = error
-            shares = {n: entrants[n].share(plan) for n in running if n not in failed}
-            running = [n for n, share in shares.items() if share < 1]
-            done = int(100 * (1 - sum(1 - share for share in shares.values()) / len(entrants)))
+            running = [n for n in running if n not in failed and entrants[n].share < 1]
+            done = int(100 * (1 - sum(1 - entrants[n].share for n in running) / len(entrants)))
             task.advance(done - told)
             told = done
 

@@ -47,6 +47,24 @@ def with_example(profile_name: str, folder: Path) -> Artifact:
     return artifact
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"), [("floats", "white"), ("large", "white"), ("negative", "white"), ("eps", "cannot identify")]
+)
+def test_what_training_refuses_is_refused(tmp_path, kind, words):
+    """A class for what may be a white image or a black one would be none; PostScript would start another program."""
+    numbers = {"floats": np.full((8, 8), 0.5, np.float32), "large": np.full((8, 8), 70_000), "negative": np.full((8, 8), -1)}
+    image = (
+        Image.new("RGB", (8, 8))
+        if kind == "eps"
+        else Image.fromarray(numbers[kind].astype("float32" if kind == "floats" else "int32"))
+    )
+    file = tmp_path / ("photo.eps" if kind == "eps" else "photo.tiff")
+    image.save(file)
+    known = Preprocessing(image_size=(8, 8), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3).model_dump(mode="json")
+    with pytest.raises((ValueError, OSError), match=words):
+        prepare(file, {"preprocessing": known, "input": {"dtype": "float32"}})
+
+
 @pytest.mark.parametrize("profile_name", ["cpu-onnxruntime", "cpu-openvino"])
 def test_a_photograph_gets_the_same_class_and_score(profile_name, tmp_path):
     artifact, photo = with_example(profile_name, tmp_path), photograph(tmp_path)

@@ -21,7 +21,7 @@ class Meter:
     """
 
     def __init__(self, sys_class: Path = Path("/sys/class"), gpu: int | None = None) -> None:
-        self.clear()
+        self._joules, self._runs = 0.0, 0
         self._joules_by_nvml, self.reason = (None, "") if gpu is None else _nvml(gpu)
         self._counters: list[Path] = []
         self._sensors: list[Path] = []  # of one rail: its power, or its voltage and current
@@ -66,9 +66,6 @@ class Meter:
         yield
         self._joules += self._used(before, self._read(), time.perf_counter() - since)
         self._runs += runs
-
-    def clear(self) -> None:
-        self._joules, self._runs = 0.0, 0
 
     def _used(self, before: float, after: float, seconds: float) -> float:
         if self._sensors:

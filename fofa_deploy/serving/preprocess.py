@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow knows more, and for one of them, PostScript, starts another program."""
+
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
     """Names of input, output and classes, and the preprocessing."""
@@ -17,16 +20,29 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
 
 
 def prepare(file: str | Path, sidecar: dict[str, Any]) -> np.ndarray:
-    """The model's input, one image: fitted, cropped, and, where the model takes no pixels, normalized per channel."""
+    """The model's input, one image: fitted, cropped, and, where the model takes no pixels, normalized per channel.
+
+    Raises:
+        OSError: it is no image of ``FORMATS``.
+        ValueError: it holds floats, or numbers beyond 16 bits: nothing tells which of them is white.
+    """
     told = sidecar["preprocessing"]
     height, width = told["image_size"]
-    image: Image.Image = Image.open(file)
-    if image.mode.startswith("I"):  # 16 bits, which Pillow itself would clip to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    image = image.convert("L" if told["channels"] == 1 else "RGB")
+    with Image.open(file, formats=FORMATS) as opened:
+        image = _eight_bits(opened).convert("L" if told["channels"] == 1 else "RGB")
     method = Image.Resampling[told["interpolation"].upper()]
     image = ImageOps.fit(image, (width, height), method, (1 - told["crop_fraction"]) / 2)
     pixels = np.asarray(image).reshape(1, height, width, -1)
     if sidecar["input"]["dtype"] != "uint8":
         pixels = ((pixels / np.float32(255) - told["mean"]) / told["std"]).astype(np.float32)
     return np.ascontiguousarray(pixels if sidecar.get("layout") == "NHWC" else pixels.transpose(0, 3, 1, 2))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16 bits down, which Pillow itself would clip to white."""
+    if not image.mode.startswith(("F", "I")):
+        return image
+    numbers = np.asarray(image)
+    if image.mode == "F" or numbers.min() < 0 or numbers.max() > 65535:
+        raise ValueError("it holds floats or numbers beyond 16 bits, and nothing tells which is white: save it as 8 or 16 bits")
+    return Image.fromarray((numbers // 257).astype(np.uint8))
