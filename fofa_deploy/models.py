@@ -59,6 +59,19 @@ def build_model(plan: ModelPlan, classes: int, channels: int, image_size: tuple[
     return model
 
 
+def refuse_random_head(plan: ModelPlan, classes: int) -> None:
+    """Of a network that nothing trains: timm gives its weights a new, random classifier where they know other classes.
+
+    Raises:
+        ModelError: it does here.
+    """
+    kind, _, name = plan.model.partition(":")
+    config = _timm_config(name, True) if kind == "timm" and plan.pretrained and not plan.checkpoint else None
+    if config is not None and config.num_classes != classes:
+        problem = f"timm's weights of {plan.model} know {config.num_classes} classes, and the data have {classes}"
+        raise ModelError(problem, "add a [distill] table to train it by, or name a checkpoint")
+
+
 def _try_out(model: nn.Module, name: str, images: Tensor, classes: int) -> None:
     """Some networks take images of a few sizes alone, or classify as they like, and do not say so before they see one."""
     try:

@@ -1,6 +1,7 @@
 """Data: splits that stay apart, randomness that nothing but its seed can change, broken files that are all named."""
 
 import gzip
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,11 @@ def test_idx_files_are_read_plain_and_gzipped(mnist):
     assert np.array_equal(data.train.source.labels, np.arange(60) % 5)
 
 
+def test_classes_of_idx_files_are_those_of_both_splits(mnist):
+    (mnist / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(np.arange(20) % 4)))
+    assert load_data(mnist_plan(mnist), 0).class_names == tuple("01234")
+
+
 def cut(content: bytes) -> bytes:
     return content[:-3]
 
@@ -271,16 +277,16 @@ def picture(path: Path, mode: str = "RGB", size=(12, 10), shade: int = 100, **op
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes, eight images each; test images are the same for both splits' sake."""
-    for split in ("train", "validation"):
+    """Two classes, eight images each, in both splits."""
+    for split, offset in (("train", 0), ("validation", 8)):
         for number in range(8):
             for kind, shade in (("cat", 50), ("dog", 200)):
-                picture(tmp_path / split / kind / f"{number}.png", shade=shade + number)
+                picture(tmp_path / split / kind / f"{number}.png", shade=shade + offset + number)
     return tmp_path
 
 
 def folder_plan(root: Path, **options) -> DataPlan:
-    return DataPlan(name="folder", root=root, image_size=(8, 8), **{"validation_fraction": 0.25, **options})
+    return DataPlan(root=root, image_size=(8, 8), **{"name": "folder", "validation_fraction": 0.25, **options})
 
 
 def test_an_image_folder_is_read_through_timm(folder):
@@ -498,6 +504,83 @@ def test_no_other_program_is_started_for_an_image(folder, tmp_path, monkeypatch)
     with pytest.raises(DataError, match=r"cat/0\.png .* cannot be decoded"):
         data.train.source.images(np.arange(16))
     assert not (tmp_path / "ran").exists()
+
+
+def torch_folder(root: Path, **options) -> DataPlan:
+    """torchvision's own reader, which has decoded an image before anybody asks."""
+    return folder_plan(root, name="torch/image_folder", **options)
+
+
+def test_torchvisions_own_loader_is_not_asked_for_files(folder, tmp_path, monkeypatch):
+    """It would start Ghostscript for PostScript, and clip 16 bits to white."""
+    script = tmp_path / "bin" / "gs"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\necho ran > {tmp_path}/ran\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
+    gray = folder / "train" / "dog" / "0.png"
+    Image.fromarray(np.full((10, 12), 0x8000, np.uint16)).save(gray)
+    data = load_data(torch_folder(folder), 0)
+    source = data.train.source
+    place = source.files.index(gray)
+    assert set(np.unique(source.images(np.array([place])))) == {0x8000 // 257}
+    gray.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    with pytest.raises(DataError, match=r"dog/0\.png .* cannot be decoded"):
+        source.images(np.array([place]))
+    assert not (tmp_path / "ran").exists()
+
+
+# --- test images that are training images
+
+
+def test_a_link_to_the_training_images_is_no_test_split(folder):
+    shutil.rmtree(folder / "validation")
+    (folder / "validation").symlink_to(folder / "train")
+    with pytest.raises(DataError, match="share images below"):
+        load_data(folder_plan(folder), 0)
+
+
+def test_a_copy_of_the_training_images_is_no_test_split(folder):
+    shutil.rmtree(folder / "validation")
+    shutil.copytree(folder / "train", folder / "validation")
+    with pytest.raises(DataError, match="all 16 test images are training images, too"):
+        _ = load_data(folder_plan(folder), 0).digest
+    picture(folder / "validation" / "cat" / "other.png", shade=1)
+    assert load_data(folder_plan(folder), 0).digest, "some copies are usual"
+
+
+@pytest.mark.parametrize("splits", [("Train", "test"), ("train", "train"), ("test", "validation")])
+def test_splits_of_torchvision_that_are_the_same_images_are_refused(tmp_path, splits):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for number, prefix in enumerate(("train", "t10k")):
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx(np.full((20, 28, 28), number, np.uint8)))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(np.arange(20, dtype=np.uint8) % 10))
+    plan = DataPlan(name="torch/mnist", root=tmp_path, image_size=(8, 8), channels=1)
+    assert load_data(plan, 0).class_names
+    train, test = splits
+    with pytest.raises(DataError, match="are the same images"):
+        load_data(plan.model_copy(update={"train_split": train, "test_split": test}), 0)
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("foldr", "no data set 'foldr'"), *((name, "data.root '' is not") for name in ("folder", "torch/cifar10", "shards"))],
+)
+def test_a_name_that_is_none_or_lacks_its_root_is_told(name, words):
+    with pytest.raises(DataError, match=words) as caught:
+        load_data(DataPlan(name=name), 0)
+    assert name != "foldr" or "did you mean 'folder'?" in caught.value.action
+
+
+def test_one_training_image_is_too_few(tmp_path):
+    for split in ("train", "validation"):
+        picture(tmp_path / split / "cat" / "0.png", shade=len(split))
+    with pytest.raises(DataError, match="leaves none to train on"):
+        load_data(folder_plan(tmp_path), 0)
 
 
 def test_what_leads_to_no_image_is_named(tmp_path):

@@ -13,7 +13,15 @@ from torch import nn
 from fofa_deploy import models
 from fofa_deploy.config import ModelPlan
 from fofa_deploy.errors import ModelError
-from fofa_deploy.models import build_model, find_model, load_weights, parameter_count, read_weights, save_weights
+from fofa_deploy.models import (
+    build_model,
+    find_model,
+    load_weights,
+    parameter_count,
+    read_weights,
+    refuse_random_head,
+    save_weights,
+)
 from fofa_deploy.store import digest
 
 
@@ -57,6 +65,17 @@ class Payload:
 
 
 # --- checkpoints
+
+
+def test_a_network_that_nothing_trains_gets_no_random_classifier():
+    """timm keeps the other weights, and says nothing."""
+    ready = ModelPlan(model="timm:resnet18", pretrained=True)
+    refuse_random_head(ready, 1000)
+    with pytest.raises(ModelError, match="know 1000 classes, and the data have 10") as caught:
+        refuse_random_head(ready, 10)
+    assert "[distill]" in caught.value.action
+    refuse_random_head(ready.model_copy(update={"checkpoint": Path("own.safetensors")}), 10)
+    refuse_random_head(ModelPlan(model="test_models:Net"), 10)
 
 
 def test_weights_survive_the_round_trip(tmp_path):

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from tiny import write_graph
 
-from fofa_deploy import diagnosis
+from fofa_deploy import diagnosis, environment
 from fofa_deploy.cli import cli
 from fofa_deploy.config import AccuracyPlan, LimitsPlan, MeasurePlan, load_plan
 from fofa_deploy.errors import ChildError, IntegrityError, PlanError
@@ -132,6 +132,13 @@ def test_a_bundle_goes_out_and_its_results_come_back_into_the_record(finished, t
     (out / "report.json").unlink()
     done = fofa_deploy("profile", out, "--profile", "cpu-onnxruntime", "--import", results, "--quiet")
     assert "not kept" in done.stderr
+    elsewhere = tmp_path / "elsewhere.toml"
+    architecture = "x86_64" if environment.describe().machine == "aarch64" else "aarch64"
+    device = f'[device]\nname = "cpu"\narchitecture = "{architecture}"\n'
+    elsewhere.write_text(f'name = "cpu-onnxruntime"\ndescription = "d"\nruntime = "onnxruntime"\nprecisions = ["fp32"]\n{device}')
+    done = fofa_deploy("profile", out, "--profile", elsewhere, "--import", results, "--as", "front-door", "--quiet")
+    assert done.returncode == 3
+    assert f"is not of a cpu-onnxruntime: needs an {architecture} CPU" in done.stderr
     other = json.loads(results.read_text())
     other["files"]["golden.npy"] = "0" * 64
     results.write_text(json.dumps(other))

@@ -335,7 +335,8 @@ def test_a_full_disk_over_there_is_told_and_cleaned(server, candidates, tmp_path
 
 def test_what_a_login_shell_prints_is_no_answer(server, candidates, tmp_path):
     wrapper = tmp_path / "python"
-    wrapper.write_text(f'#!/bin/sh\necho Welcome\necho "fofa-0 results 1 x"\nexec {sys.executable} "$@"\n')
+    last = "printf 'no line of its own'"
+    wrapper.write_text(f'#!/bin/sh\necho Welcome\necho "fofa-0 results 1 x"\n{last}\nexec {sys.executable} "$@"\n')
     wrapper.chmod(0o755)
     assert examine(server.place(python=str(wrapper)), find_profile("cpu-onnxruntime")).machine().cores
 

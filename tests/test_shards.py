@@ -154,6 +154,17 @@ def test_without_names_classes_are_numbers_alike_in_both_splits(folder):
         load_data(plan_of(folder, class_names=("a", "b")), 0)
 
 
+def test_shards_of_a_longer_name_are_another_split(folder):
+    write(folder / "train-extra-0.tar", pairs(50))
+    assert len(load_data(plan_of(folder), 0).train.source.labels) == 4
+
+
+@pytest.mark.parametrize(("split", "words"), [("train", "share images"), ("/train", "names no shards"), ("tr[a]in", "holds no")])
+def test_a_split_that_is_none_is_refused(folder, split, words):
+    with pytest.raises(DataError, match=words):
+        load_data(plan_of(folder, test_split=split), 0)
+
+
 def test_other_members_do_not_matter_and_names_lead_nowhere(folder):
     """Metadata, folders and links are passed over; nothing is written, wherever a name points."""
     with tarfile.open(folder / "train-0.tar", "a") as tar:
@@ -231,7 +242,7 @@ def test_every_broken_image_is_named_with_its_shard(folder, monkeypatch):
 
 
 def test_a_folder_without_shards_says_how_to_make_some(folder):
-    with pytest.raises(DataError, match=r"holds no test-\*\.tar") as caught:
+    with pytest.raises(DataError, match=r"holds no test-000000\.tar") as caught:
         load_data(plan_of(folder, test_split="test"), 0)
     assert "fofa_deploy.data.write_shards" in caught.value.action
 

@@ -6,7 +6,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +20,7 @@ from fofa_deploy.data.decode import SUFFIXES
 from fofa_deploy.data.shards import class_names, numbered, open_shards
 from fofa_deploy.data.sources import ArraySource, FileSource, Source, check_labels
 from fofa_deploy.errors import DataError
+from fofa_deploy.mistakes import suggestion
 
 LEAST_IMAGES = 16
 """Fewer cannot be split into calibration, validation and test images."""
@@ -33,7 +34,7 @@ def open_sources(plan: DataPlan) -> tuple[Source, Source]:
     Raises:
         DataError: nothing there, a file is broken, or a label is out of range.
     """
-    train, test = {"digits": _digits, "idx": _idx, "images": _images, "shards": _shards}.get(plan.name, _timm)(plan)
+    train, test = _LAYOUTS.get(plan.name, _timm)(plan)
     for source in (train, test):
         check_labels(source)
     if train.class_names != test.class_names:
@@ -83,9 +84,10 @@ def _idx(plan: DataPlan) -> tuple[Source, Source]:
             raise DataError(f"{folder}: {len(raw)} images but {len(labels)} labels in {prefix}", "download the set again")
         if not len(raw):
             raise DataError(f"{folder}: there are no images in {prefix}", "download the set again")
-        names = plan.class_names or numbered(int(labels.max()) + 1, plan.classes)
-        parts.append(ArraySource(raw, labels, names, plan, f"{folder}/{prefix}"))
-    return parts[0], parts[1]
+        parts.append((raw, labels, f"{folder}/{prefix}"))
+    names = plan.class_names or numbered(1 + max(int(labels.max()) for _, labels, _ in parts), plan.classes)
+    train, test = (ArraySource(raw, labels, names, plan, where) for raw, labels, where in parts)
+    return train, test
 
 
 class _ImageFiles:
@@ -106,7 +108,9 @@ def _shards(plan: DataPlan) -> tuple[Source, Source]:
     root = _root(plan)
     train, test = (open_shards(root, split) for split in (plan.train_split, plan.test_split))
     named = plan.model_copy(update={"class_names": plan.class_names or class_names(root, plan.classes, train, test)})
-    return FileSource(train, named, str(root)), FileSource(test, named, str(root))
+    sources = FileSource(train, named, str(root)), FileSource(test, named, str(root))
+    _refuse_shared(*sources, plan)
+    return sources
 
 
 def _images(plan: DataPlan) -> tuple[Source, Source]:
@@ -123,6 +127,7 @@ def _images(plan: DataPlan) -> tuple[Source, Source]:
         raise DataError(f"{root} holds {len(files)} images", f"give at least {LEAST_IMAGES}")
     names = plan.class_names or numbered(1, plan.classes)
     train, test = (FileSource(_ImageFiles(part, names), plan, str(root)) for part in parts)
+    _refuse_shared(train, test, plan)
     return train, test
 
 
@@ -138,12 +143,16 @@ def _timm(plan: DataPlan) -> tuple[Source, Source]:
     from timm.data.readers.reader_image_folder import ReaderImageFolder
 
     name = "" if plan.name == "folder" else plan.name
+    if name and not name.startswith((_TORCH, *_ROOTLESS)):
+        action = f"{suggestion(name, [*_LAYOUTS, 'folder'])}; or one of timm's, such as torch/cifar10 or hfds/NAME"
+        raise DataError(f"there is no data set {name!r}", action)
+    root = None if name.startswith(_ROOTLESS) and plan.root is None else str(_root(plan))
     sources, readers = [], []
     for split in (plan.train_split, plan.test_split):
         try:
             with _image_endings():
-                dataset = create_dataset(name, root=str(_root(plan)) if plan.root else None, split=split)
-        except (RuntimeError, ValueError, AssertionError, OSError, ImportError) as error:
+                dataset = create_dataset(name, root=root, split=split)
+        except (RuntimeError, ValueError, TypeError, AssertionError, OSError, ImportError) as error:
             raise DataError(
                 f"timm cannot open data set {plan.name!r}, split {split!r}: {error}", "check data.name, data.root"
             ) from error
@@ -151,7 +160,7 @@ def _timm(plan: DataPlan) -> tuple[Source, Source]:
             raise DataError(f"data set {plan.name!r} is a stream", "download it first: splits and resuming need random access")
         sources.append(FileSource(dataset, plan, f"{plan.name} {split}"))
         readers.append(getattr(dataset, "reader", None))
-    _refuse_same_files(sources[0], sources[1], plan)
+    _refuse_shared(sources[0], sources[1], plan)
     for reader in readers:
         if isinstance(reader, ReaderImageFolder):
             _refuse_odd_folders(Path(reader.root))
@@ -208,11 +217,19 @@ def _check_folders(train: FileSource, test: FileSource, plan: DataPlan) -> None:
         raise DataError(problem, "name every class once, in the order of the folders' names")
 
 
-def _refuse_same_files(train: FileSource, test: FileSource, plan: DataPlan) -> None:
-    """timm takes the root itself for a split that it does not find."""
-    if set(train.files) & set(test.files):
-        problem = f"training split {plan.train_split!r} and test split {plan.test_split!r} share images below {plan.root}"
-        raise DataError(problem, "make train/ and validation/ folders there, or name data.train_split and data.test_split")
+def _refuse_shared(train: FileSource, test: FileSource, plan: DataPlan) -> None:
+    """Images to learn from that are test images, too.
+
+    timm takes the root itself for a split that it does not find, and torchvision's test images for a name that it does not know.
+    """
+    named = f"training split {plan.train_split!r} and test split {plan.test_split!r}"
+    if train.places & test.places:
+        action = "make train/ and validation/ folders there, or name data.train_split and data.test_split"
+        raise DataError(f"{named} share images below {plan.root}", action)
+    alike = plan.name.startswith(_TORCH) and train.digest == test.digest
+    if not train.places and (alike or plan.train_split == plan.test_split):
+        action = "name data.train_split and data.test_split, usually train and validation"
+        raise DataError(f"{named} of {plan.name} are the same images", action)
 
 
 def _by_rank(folders: Sequence[str]) -> list[list[str]]:
@@ -226,3 +243,13 @@ def _root(plan: DataPlan) -> Path:
     if plan.root is None or not plan.root.is_dir():
         raise DataError(f"data.root {str(plan.root or '')!r} is not a folder", f"point it at the images of {plan.name!r}")
     return plan.root
+
+
+_LAYOUTS: dict[str, Callable[[DataPlan], tuple[Source, Source]]] = {
+    "digits": _digits,
+    "idx": _idx,
+    "images": _images,
+    "shards": _shards,
+}
+_TORCH, _ROOTLESS = "torch/", ("hfds/", "hfids/", "tfds/", "wds/")
+"""How timm's names of data sets begin: those that lie in data.root, and those that may be fetched."""

@@ -6,6 +6,7 @@ shards are shuffled, split, resumed and shared by processes as any other images 
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import tarfile
@@ -46,6 +47,10 @@ class Shards:
         found = [np.asarray(list(_places(path)), np.int64).reshape(-1, 3) for path in files]
         self._shard: NDArray[np.int32] = np.repeat(np.arange(len(files), dtype=np.int32), [len(rows) for rows in found])
         self._offsets, self._sizes, self.targets = np.ascontiguousarray(np.concatenate(found).T)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self._files
 
     @property
     def digest(self) -> str:
@@ -123,12 +128,21 @@ def _label(path: Path, member: tarfile.TarInfo, file: int) -> int:
 
 
 def open_shards(root: Path, split: str) -> Shards:
-    """The shards ``SPLIT-*.tar`` of a folder, in the order of their names."""
-    files = sorted(root.glob(f"{split}-*.tar"))
+    """The shards ``SPLIT-000000.tar``, ... of a folder, in the order of their names."""
+    files = _shards_of(root, split)
     if not files:
         action = "write some: python -m fofa_deploy.data.write_shards PLAN FOLDER"
-        raise DataError(f"{root} holds no {split}-*.tar", action)
+        raise DataError(f"{root} holds no {split}-000000.tar or the like", action)
     return Shards(files)
+
+
+def _shards_of(root: Path, split: str) -> list[Path]:
+    """A number follows the split's name: ``train-*`` would take those of ``train-extra``, too."""
+    try:
+        return sorted(root.glob(f"{glob.escape(split)}-[0-9]*.tar"))
+    except (NotImplementedError, ValueError) as error:
+        action = "name data.train_split and data.test_split as their files begin"
+        raise DataError(f"{split!r} names no shards: {error}", action) from error
 
 
 def numbered(found: int, known: int | None) -> tuple[str, ...]:
@@ -165,7 +179,7 @@ def write_shards(images: Iterable[tuple[bytes, str, int]], folder: Path, split: 
             are read leaves no shard either.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if found := sorted(folder.glob(f"{split}-*.tar")):
+    if found := _shards_of(folder, split):
         raise DataError(f"{folder} has shards of {split!r} already, such as {found[0].name}", "remove them, or name another folder")
     written: list[Path] = []
     tar: tarfile.TarFile | None = None

@@ -109,7 +109,7 @@ class FileSource:
     def __init__(self, dataset: Any, plan: DataPlan, where: str) -> None:  # noqa: ANN401 - timm's data sets share no class
         # Past timm's ImageDataset to its reader: it puts the next image in place of a broken one, and clips 16 bits to white.
         self._items, self._plan, self._where = getattr(dataset, "reader", dataset), plan, where
-        self._samples = getattr(self._items, "samples", None)
+        self._samples = getattr(self._items, "samples", None) or getattr(self._items, "imgs", None)
         self.labels = np.asarray(_labels(self._items), np.int64)
         numbers = getattr(self._items, "class_to_idx", None) or {}
         self.folders = tuple(numbers) if len(set(numbers.values())) == len(numbers) else ()  # else synonyms, as ImageNet's
@@ -125,10 +125,8 @@ class FileSource:
             return digest([self._items.digest, self.class_names])  # which lie beside them
         if self.files:
             root = self._plan.root or Path()
-            rows = [
-                [_below(path, root), digest_file(path), int(label)] for path, label in zip(self.files, self.labels, strict=True)
-            ]
-            return digest(rows)
+            found = zip(self.files, self.file_digests, self.labels, strict=True)
+            return digest([[_below(path, root), sha256, int(label)] for path, sha256, label in found])
         chunks = [np.arange(start, min(start + 64, len(self.labels))) for start in range(0, len(self.labels), 64)]
         return digest([array_digest(self.labels), *(array_digest(self.images(chunk)) for chunk in chunks)])
 
@@ -136,6 +134,18 @@ class FileSource:
         twin = copy.copy(self)
         twin._plan, twin._original = plan, self._original or self
         return twin
+
+    @cached_property
+    def file_digests(self) -> tuple[str, ...]:
+        """SHA-256 per file."""
+        return tuple(digest_file(path) for path in self.files)
+
+    @property
+    def places(self) -> frozenset[tuple[Path, str]]:
+        """Of its files, or of the shards that hold its images: folder, wherever links lead, and name."""
+        files = self._items.files if isinstance(self._items, Shards) else self.files
+        folders = {folder: folder.resolve() for folder in {file.parent for file in files}}
+        return frozenset((folders[file.parent], file.name) for file in files)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -163,8 +173,12 @@ class FileSource:
         except Image.DecompressionBombError as error:
             raise DataError(f"{self.name(index)} is too large: {error}", "replace or remove the file") from error
 
+    def _found(self, index: int) -> Any:  # noqa: ANN401 - an image, or a file of one
+        """As the data set has it; a file that it names is opened here: torchvision's loader starts programs, and clips 16 bits."""
+        return self.files[index].open("rb") if self.files else self._items[index][0]
+
     def _pixels(self, index: int, box: Sequence[float]) -> Pixels:
-        found = self._items[index][0]
+        found = self._found(index)
         if isinstance(found, Image.Image):
             return to_pixels(found, self._plan, box)
         with found as stream, open_image(stream) as image:
@@ -173,7 +187,7 @@ class FileSource:
     def encoded(self, index: int) -> tuple[bytes, str]:
         """A file's own bytes; what a data set has decoded already is encoded again, losslessly."""
         with self._naming(index):
-            found = self._items[index][0]
+            found = self._found(index)
             if isinstance(found, Image.Image):
                 return png(to_pixels(found, self._plan)), "png"
             with found as stream:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fofa_deploy.config import DataPlan, VerifyPlan
 from fofa_deploy.data.decode import Pixels
 from fofa_deploy.data.layouts import open_sources
-from fofa_deploy.data.sources import Indices, Source, array_digest
+from fofa_deploy.data.sources import FileSource, Indices, Source, array_digest
 from fofa_deploy.errors import DataError
 from fofa_deploy.progress import Progress
 from fofa_deploy.store import digest
@@ -62,13 +62,28 @@ class Data:
 
     @cached_property
     def digest(self) -> str:
-        """Of all images, labels and splits, wherever they lie. Reads every file once."""
+        """Of all images, labels and splits, wherever they lie. Reads every file once.
+
+        Raises:
+            DataError: the test images are copies of training images.
+        """
         parts = (self.train, self.validation, self.test)
+        if self.plan.labelled:  # others train nothing
+            _refuse_copies(self.train.source, self.test.source)
         return digest([self.plan.model_copy(update={"root": None}), *([p.source.digest, array_digest(p.indices)] for p in parts)])
 
 
+def _refuse_copies(train: Source, test: Source) -> None:
+    """Where every test file is a training file under another name; a few that are the same are usual."""
+    if not (isinstance(train, FileSource) and isinstance(test, FileSource) and test.files):
+        return
+    if {*test.file_digests} <= {*train.file_digests}:
+        problem = f"all {len(test.files)} test images are training images, too: {test.files[0]} for one"
+        raise DataError(problem, "hold images out that are not trained on, and name them with data.test_split")
+
+
 def stratified(labels: Indices, fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """Seeded (rest, held-out) indices, both shuffled and class-balanced; at least one image on either side."""
+    """Seeded (rest, held-out) indices, both shuffled and class-balanced; of one image alone, nothing rests."""
     rng = np.random.default_rng((seed, 0x5EED))
     order = rng.permutation(len(labels))
     rank = np.empty(len(labels), np.float64)
@@ -88,6 +103,8 @@ def load_data(plan: DataPlan, seed: int) -> Data:
     """
     train, test = open_sources(plan)
     rest, held_out = stratified(train.labels, plan.validation_fraction, seed)
+    if not len(rest):
+        raise DataError("one training image leaves none to train on beside the validation image", "give more")
     if plan.limit:
         rest = rest[: plan.limit]
     shuffled, first = stratified(test.labels, 0.0, seed)

@@ -27,7 +27,7 @@ def reshard(plan: DataPlan, folder: Path, per_shard: int = 10_000) -> list[Path]
     written = []
     for source, split in zip(open_sources(plan), (plan.train_split, plan.test_split), strict=True):
         written += write_shards(_encoded(source), folder, split, per_shard)
-        (folder / CLASSES).write_text("".join(f"{name}\n" for name in source.class_names))
+        (folder / CLASSES).write_text("".join(f"{name}\n" for name in source.class_names), encoding="utf-8")
     return written
 
 
@@ -47,6 +47,8 @@ def command(plan: str, folder: Path, per_shard: int, overrides: tuple[str, ...])
         written = reshard(load_plan(plan, overrides).data, folder, per_shard)
     except FofaError as error:
         raise click.ClickException(f"{error.message}\n  -> {error.action}") from error
+    except OSError as error:
+        raise click.ClickException(f"{folder} cannot be written: {error.strerror or error}\n  -> choose another folder") from error
     for path in written:
         click.echo(path)
 

@@ -24,7 +24,7 @@ from fofa_deploy.distill.taps import tap
 from fofa_deploy.errors import ModelError, TrainingError
 from fofa_deploy.inference import Normalize, predict
 from fofa_deploy.metrics import Labels, Logits, best_order, topk
-from fofa_deploy.models import build_model, load_weights, parameter_count, save_weights
+from fofa_deploy.models import build_model, load_weights, parameter_count, refuse_random_head, save_weights
 from fofa_deploy.progress import Progress
 from fofa_deploy.results import Epoch, ModelSummary
 from fofa_deploy.store import write_atomic
@@ -132,6 +132,8 @@ class Workshop:
         """A student: ready-made, trained alone, or distilled from the teacher whose plan and folder are given."""
         if _is_done(out):
             return
+        if distill is None:
+            refuse_random_head(plan, len(self.data.class_names))
         model = self.new(plan)
         if distill:
             parallel.announce(("distill", (plan, distill, out, taught_by)))

@@ -6,6 +6,7 @@ What is read here may come from anywhere: it is capped, typed, held to its own f
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pydantic import Field, ValidationError
 from fofa_deploy.errors import IntegrityError, UserError
 from fofa_deploy.gate.verdicts import Figures, GateReport
 from fofa_deploy.results import Environment
-from fofa_deploy.store import digest_tree, write_atomic
+from fofa_deploy.store import digest, digest_tree, write_atomic
 from fofa_deploy.types import Frozen, digest_file
 
 NAME = "baseline.json"
@@ -47,13 +48,31 @@ class Baseline(Frozen):
 
 
 @dataclass(frozen=True)
+class Said:
+    """The class that an artifact answered, image by image.
+
+    Args:
+        truth: digest of what the answers are right or wrong by.
+        reference: without labels, what they are right by: the class that the artifact's own PyTorch model says.
+    """
+
+    classes: tuple[int, ...]
+    truth: str
+    reference: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Kept:
-    """What a baseline keeps of a target: folder of the artifact, golden inputs, and the answer to every image."""
+    """What a baseline keeps of a target: folder of the artifact, golden inputs, and the answers where there were images.
+
+    Args:
+        holder: whatever the artifact's folder lasts as long as.
+    """
 
     artifact: Path
     golden: Path
-    classes: tuple[int, ...] | None
-    truth: str | None
+    said: Said | None
+    holder: object = None
 
 
 def write_baseline(path: Path, report: GateReport, kept: Mapping[str, Kept]) -> Path:
@@ -79,24 +98,44 @@ def write_baseline(path: Path, report: GateReport, kept: Mapping[str, Kept]) -> 
             targets=targets,
         )
         write_atomic(file, (json.dumps(baseline.model_dump(mode="json"), allow_nan=False, indent=1) + "\n").encode())
+        _tidy(file, baseline)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror or error}", "free space or choose another path") from error
     return file
 
 
 def _write_target(file: Path, target: str, figures: Figures, kept: Kept) -> BaselineTarget:
-    # Named by content: the JSON of before stays valid until it is replaced.
-    folder = file.parent / (file.stem if file.name != NAME else "files") / f"{target}-{figures.sha256[:12]}"
-    scratch = folder.with_name(f".{folder.name}")
+    """Into a folder that is named by its content: the JSON of before stays valid until it is replaced."""
+    scratch = _home(file) / f".{target}"
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(kept.artifact, scratch / "artifact")
     shutil.copyfile(kept.golden, scratch / "golden.npz")
-    if kept.classes is not None:
-        np.save(scratch / "answers.npy", np.asarray(kept.classes, np.int32), allow_pickle=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    said = kept.said
+    if said:
+        rows = [said.classes] if said.reference is None else [said.classes, said.reference]
+        np.save(scratch / "answers.npy", np.array(rows, np.int32), allow_pickle=False)
+    files = digest_tree(scratch)
+    folder = scratch.with_name(f"{target}-{digest(files)[:12]}")
+    if not folder.is_dir() or digest_tree(folder) != files:
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
     relative = folder.relative_to(file.parent).as_posix()
-    return BaselineTarget(figures=figures, folder=relative, truth=kept.truth, files=digest_tree(folder))
+    return BaselineTarget(figures=figures, folder=relative, truth=said and said.truth, files=files)
+
+
+def _home(file: Path) -> Path:
+    """Of a baseline's files."""
+    return file.parent / (file.stem if file.name != NAME else "files")
+
+
+def _tidy(file: Path, baseline: Baseline) -> None:
+    """Remove what earlier baselines kept; nothing that was not written here."""
+    named = {(file.parent / entry.folder).name for entry in baseline.targets.values()}
+    for folder in _home(file).iterdir():
+        ours = re.fullmatch(r".+-[0-9a-f]{12}", folder.name) and (folder / "artifact" / "artifact.json").is_file()
+        if ours and folder.name not in named:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def baseline_file(path: Path) -> Path | None:
@@ -151,8 +190,15 @@ def kept_files(file: Path, target: str, entry: BaselineTarget) -> Kept:
 
     Raises:
         UserError: a path leaves the JSON's folder.
-        IntegrityError: a file is missing, altered, or was never recorded.
+        IntegrityError: a file is missing, altered, or was never recorded, or its name is none.
     """
+    try:
+        return _kept_files(file, target, entry)
+    except (OSError, EOFError, ValueError) as error:  # names with a NUL, or too long; arrays that are none
+        raise IntegrityError(f"{file}: the files of {target} cannot be read: {error}", RENEW) from error
+
+
+def _kept_files(file: Path, target: str, entry: BaselineTarget) -> Kept:
     root, folder = file.parent.resolve(), (file.parent / entry.folder).resolve()
     if root not in folder.parents:
         raise UserError(f"{file}: the folder {entry.folder!r} of {target} leaves {root}", RENEW)
@@ -165,16 +211,17 @@ def kept_files(file: Path, target: str, entry: BaselineTarget) -> Kept:
     recorded = {"artifact/artifact.json", "golden.npz"} | ({"answers.npy"} if entry.truth is not None else set())
     if missing := sorted(recorded - there.keys()):
         raise IntegrityError(f"{file}: {target} records no {missing[0]}", RENEW)
-    classes = _classes(folder / "answers.npy") if entry.truth is not None else None
-    return Kept(folder / "artifact", folder / "golden.npz", classes, entry.truth)
+    said = None if entry.truth is None else _said(folder / "answers.npy", entry.truth)
+    return Kept(folder / "artifact", folder / "golden.npz", said)
 
 
-def _classes(path: Path) -> tuple[int, ...]:
-    try:
-        found = np.load(path, allow_pickle=False)
-        return tuple(int(value) for value in found.reshape(-1))
-    except (ValueError, EOFError) as error:
-        raise IntegrityError(f"{path} holds no answers: {error}", RENEW) from error
+def _said(path: Path, truth: str) -> Said:
+    """Raises: ValueError: the file holds no answers. It is mapped: what its header claims is not what it may take."""
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu" or found.ndim != 2 or len(found) not in (1, 2):
+        raise ValueError(f"{path.name} holds no answers")
+    classes, *reference = (tuple(row.tolist()) for row in found)
+    return Said(classes, truth, reference[0] if reference else None)
 
 
 def _inside(folder: Path, path: str) -> bool:

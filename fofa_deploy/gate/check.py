@@ -149,7 +149,8 @@ class Check:
             commit=next((os.environ[name] for name in COMMITS if os.environ.get(name)), None),
             environment=self._here,
         )
-        return report, {target.pair.target: _kept(target) for target in self._targets if not target.broken and not target.away}
+        kept = [target for target in self._targets if not target.broken and not target.away]
+        return report, {t.pair.target: t.pair.candidate.kept(t.pair.golden, t.own and t.own.classes, candidate) for t in kept}
 
     # --- accuracy -------------------------------------------------------------------------------------------------
 
@@ -159,18 +160,18 @@ class Check:
         if target.away:
             return
         if pair.candidate.images is None:
-            if pair.candidate.kept:
-                target.own = Answers(classes=pair.candidate.kept[0])
+            if pair.candidate.said:
+                target.own = Answers(classes=pair.candidate.said.classes)
             return
         self._progress.say(f"{pair.target}: run on {len(pair.candidate.images.truth):,} images")
         target.own = self._answers(pair, pair.candidate, pair.candidate.images)
-        if pair.baseline is not None and (pair.baseline.images or pair.baseline.kept):
+        if pair.baseline is not None and (pair.baseline.images or pair.baseline.said):
             other = self._others_answers(pair, pair.baseline, target.own)
             target.paired = _paired(pair, other, target.own)
 
     def _others_answers(self, pair: Pair, baseline: Subject, own: Answers) -> Answers:
-        if baseline.kept:
-            return Answers(classes=baseline.kept[0])
+        if baseline.said:
+            return Answers(classes=baseline.said.classes)
         assert baseline.images
         same_images = pair.candidate.images and baseline.images.folder == pair.candidate.images.folder
         return own if pair.same and same_images else self._answers(pair, baseline, baseline.images)
@@ -294,7 +295,7 @@ class Check:
         elif pair.same:
             reason = "the same artifact: as accurate by definition, not run again"
             yield Finding(target=pair.target, metric=name, verdict=Verdict.PASS, reason=reason)
-        elif pair.baseline is not None and (pair.baseline.images or pair.baseline.kept):
+        elif pair.baseline is not None and (pair.baseline.images or pair.baseline.said):
             reason = "the candidate brings no images to answer: give its run directory"
             yield Finding(target=pair.target, metric=name, verdict=Verdict.FAIL, reason=reason)
 
@@ -364,12 +365,15 @@ def _paired(pair: Pair, baseline: Answers, candidate: Answers) -> Paired:
     assert images
     assert other
     truth = images.truth
-    theirs = other.images.digest if other.images else other.kept and other.kept[1]
+    theirs = other.images.digest if other.images else other.said and other.said.truth
     if theirs != images.digest or not len(truth) == len(baseline.classes) == len(candidate.classes):
         problem = f"{pair.target}: candidate and baseline were not run on the same images"
         raise DataError(problem, "make both from the same data, seed and verify.samples, or write the baseline again")
-    # Without labels, right is what the model that the artifact came from says.
-    reference = truth if images.labelled or other.images is None else other.images.truth
+    # Without labels, right is what the model that the artifact came from says: each side's own.
+    reference = truth if images.labelled else other.images.truth if other.images else other.said and other.said.reference
+    if reference is None or len(reference) != len(truth):
+        action = "write the baseline again with --update-baseline, or compare with its run directory"
+        raise DataError(f"{pair.target}: the baseline does not say what its answers are right by", action)
     return Paired(np.asarray(baseline.classes) == reference, np.asarray(candidate.classes) == truth)
 
 
@@ -390,10 +394,3 @@ def _figures(target: _Target) -> Figures:
         p99_ms=p99,
         accuracy=accuracy,
     )
-
-
-def _kept(target: _Target) -> Kept:
-    images, kept = target.pair.candidate.images, target.pair.candidate.kept
-    truth = images.digest if images else kept[1] if kept else None
-    classes = target.own.classes if target.own and truth is not None else None
-    return Kept(target.pair.candidate.artifact.folder, target.pair.golden, classes, truth if classes is not None else None)

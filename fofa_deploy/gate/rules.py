@@ -221,7 +221,8 @@ def _finite(value: float) -> float | None:
 def judge_tail(target: str, series: Series, quantile: float, margin: float) -> Finding | None:
     """Worse when binomial bounds lie apart by more than the margin and the launches agree; None with too few runs.
 
-    Held against the twin, too: where that "is worse" than itself, the machine made the tail.
+    Held against the twin, too: where that "is worse" than itself, the machine made the tail; where the twin, which runs half as
+    often, has too few runs to tell, nobody knows what did.
     """
     apart = _apart(series, BASELINE, CANDIDATE, quantile, margin)
     if apart is None:
@@ -229,8 +230,10 @@ def judge_tail(target: str, series: Series, quantile: float, margin: float) -> F
     base, own = (float(np.quantile(series.pooled(rival), quantile)) for rival in (BASELINE, CANDIDATE))
     verdict = apart
     reason = f"{base:.3f} -> {own:.3f} ms"
-    if apart is Verdict.FAIL and _apart(series, TWIN, CANDIDATE, quantile, margin) is Verdict.FAIL:
-        verdict, reason = Verdict.INCONCLUSIVE, f"{reason}, as the candidate against itself: {ADVICE}"
+    twin = _apart(series, TWIN, CANDIDATE, quantile, margin)
+    if apart is Verdict.FAIL and twin in (None, Verdict.FAIL):
+        told = "as the candidate against itself" if twin else "and too few runs of the candidate against itself to be sure"
+        verdict, reason = Verdict.INCONCLUSIVE, f"{reason}, {told}: {ADVICE}"
     name = f"p{round(100 * quantile)}"
     return Finding(
         target=target, metric=name, verdict=verdict, reason=reason, unit="ms", baseline=base, candidate=own, ratio=own / base,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from fofa_deploy.config import RunPlan, load_plan, size_name
 from fofa_deploy.data.splits import ORIGIN
 from fofa_deploy.errors import DataError, IntegrityError, UserError
 from fofa_deploy.gate.answers import classes_of
-from fofa_deploy.gate.baseline import BaselineTarget, baseline_file, kept_files, read_baseline
+from fofa_deploy.gate.baseline import BaselineTarget, Kept, Said, baseline_file, kept_files, read_baseline
 from fofa_deploy.measure import Candidate
 from fofa_deploy.profile import find_profile
 from fofa_deploy.recorded import recorded_profiles
@@ -70,8 +70,8 @@ class Subject:
     profile: HardwareProfile | None
     golden: Path | None
     images: Images | None = None
-    kept: tuple[tuple[int, ...], str] | None = None
-    """A baseline's answers, and the digest of what they are right or wrong by."""
+    said: Said | None = None
+    """A baseline's answers."""
 
     @property
     def identity(self) -> str:
@@ -81,6 +81,14 @@ class Subject:
 
     def runnable(self, profile: HardwareProfile, golden: Path) -> Candidate:
         return Candidate(artifact=self.artifact.folder, profile=profile, golden=golden, batch=profile.execution.batch_sizes[0])
+
+    def kept(self, golden: Path, classes: tuple[int, ...] | None, holder: object) -> Kept:
+        """What a new baseline keeps of it, with the classes that it answered to its images, if it was asked."""
+        said = self.said
+        if self.images and classes is not None:
+            reference = None if self.images.labelled else tuple(self.images.pytorch.tolist())
+            said = Said(classes, self.images.digest, reference)
+        return Kept(self.artifact.folder, golden, said, holder)
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,8 @@ def _run(root: Path, given: str | None) -> Source:
             unmet[target] = _told(wanting)
         else:
             untried[target] = _told(tried) or "the run has no word of it"
-    return Source(root, subjects, _environment(report), plan, unmet=unmet, untried=untried)
+    here = {name for name, profile in profiles.items() if not profile.device.host}
+    return Source(root, subjects, _environment(report, here), plan, unmet=unmet, untried=untried)
 
 
 def _was_there(profile: HardwareProfile, rows: Sequence[TargetRow]) -> bool:
@@ -171,8 +180,11 @@ def _told(rows: Sequence[TargetRow]) -> str:
     return "; ".join(f"{row.recipe}: {row.reason}" for row in rows)
 
 
-def _environment(report: RunReport) -> Environment:
-    return next((row.environment for row in report.targets if row.chosen and row.environment), report.environment)
+def _environment(report: RunReport, here: Set[str]) -> Environment:
+    """Where a run's figures were taken; those of devices elsewhere are told by no machine that a check runs on."""
+    return next(
+        (row.environment for row in report.targets if row.chosen and row.environment and row.target in here), report.environment
+    )
 
 
 def _evidence(root: Path, plan: RunPlan, artifact: Artifact) -> tuple[Path, Images | None]:
@@ -192,19 +204,23 @@ def _below(root: Path, relative: str) -> Path:
 
 
 def _artifact(folder: Path, profile: str | None) -> Source:
-    """A bare artifact folder; one inside a run directory is compared with that run's images."""
-    artifact = Artifact.load(folder)
-    root = next((parent for parent in folder.resolve().parents if (parent / PLAN).is_file()), None)
-    if root is None:
-        hardware = find_profile(profile) if profile else None
-        target = hardware.name if hardware else ""
-        golden = folder / GOLDEN
-        return Source(folder, {target: Subject(target, artifact, hardware, golden if golden.is_file() else None)})
-    plan, target = load_plan(str(root / PLAN)), folder.resolve().parent.name
+    """A bare artifact folder; one in its place inside a run directory is compared with that run's images."""
+    place = folder.resolve()
+    root = place.parents[2] if len(place.parents) > 2 else place
+    if place.parent.parent.name != "artifacts" or not (root / PLAN).is_file():
+        return _bare(folder, profile)
+    artifact, plan, target = Artifact.load(folder), load_plan(str(root / PLAN)), place.parent.name
     given = [find_profile(profile)] if profile else []
     profiles = {found.name: found for found in (*recorded_profiles(root, plan), *given)}
     hardware = profiles.get(target)
     return Source(folder, {target: Subject(target, artifact, hardware, *_evidence(root, plan, artifact))}, plan=plan)
+
+
+def _bare(folder: Path, profile: str | None) -> Source:
+    hardware = find_profile(profile) if profile else None
+    target, golden = hardware.name if hardware else "", folder / GOLDEN
+    subject = Subject(target, Artifact.load(folder), hardware, golden if golden.is_file() else None)
+    return Source(folder, {target: subject})
 
 
 def _bundle(file: Path, profile: str | None) -> Source:
@@ -217,7 +233,7 @@ def _bundle(file: Path, profile: str | None) -> Source:
             np.savez(folder / GOLDEN, images=np.load(folder / "golden.npy", allow_pickle=False))
         except (RefusedError, OSError, ValueError) as error:
             raise DataError(f"{file} is no bundle: {error}", "make it again with fofa-deploy bundle") from error
-        source = _artifact(folder, profile)
+        source = _bare(folder, profile)
         weakref.finalize(source, stack.pop_all().close)
     return source
 
@@ -230,9 +246,8 @@ def _baseline(file: Path, profile: str | None) -> Source:
         artifact = Artifact.load(kept.artifact)
         if artifact.sha256 != entry.figures.sha256:
             raise IntegrityError(f"{artifact.path} is not the artifact that {file} records", "write the baseline again")
-        answers = (kept.classes, str(kept.truth)) if kept.classes is not None else None
         hardware = given if given and given.name == target else None
-        subjects[target] = Subject(target, artifact, hardware, kept.golden, kept=answers)
+        subjects[target] = Subject(target, artifact, hardware, kept.golden, said=kept.said)
     return Source(file, subjects, baseline.environment, recorded=dict(baseline.targets))
 
 
@@ -284,7 +299,7 @@ def _pair(subject: Subject, other: Subject | None) -> Pair:
         raise DataError(f"there is nothing to run {lacking.artifact.folder} on", action)
     if subject.images is None and other is not None and other.images is not None:
         subject = replace(subject, images=other.images)
-    elif other is not None and other.images is None and other.kept is None and subject.images is not None:
+    elif other is not None and other.images is None and other.said is None and subject.images is not None:
         other = replace(other, images=subject.images)
     return Pair(profile.name, subject, other, profile, golden, others)
 

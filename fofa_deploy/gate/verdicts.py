@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
+from fofa_deploy.progress import one_line
 from fofa_deploy.results import Environment
 from fofa_deploy.types import Frozen
 
@@ -87,5 +88,5 @@ def summary(report: GateReport) -> str:
     counts = [(verdict, [f for f in report.findings if f.verdict is verdict]) for verdict in Verdict]
     told = ", ".join(f"{len(found)} {verdict}" for verdict, found in counts if found) or "nothing judged"
     deciding = [f for f in report.findings if f.verdict is report.verdict is not Verdict.PASS]
-    why = "; ".join(f"{f.target} {f.metric}: {f.reason}" for f in deciding[:3])
+    why = one_line("; ".join(f"{f.target} {f.metric}: {f.reason}" for f in deciding[:3]))  # reasons come from reports
     return f"gate: {report.verdict} ({told}){f': {why}' if why else ''}"

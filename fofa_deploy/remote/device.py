@@ -183,6 +183,7 @@ def import_results(
 
     Raises:
         IntegrityError: the results are damaged, or belong to no artifact here.
+        UnavailableError: they are of another kind of device.
     """
     results = read_results(content, where)
     asked = results.job
@@ -192,6 +193,8 @@ def import_results(
     if profile is None:
         action = f"name the profile it was bundled for: --profile {asked.target}, or where that file is"
         raise IntegrityError(f"{where} belongs to none of {', '.join(p.name for p in profiles)}", action)
+    if problem := cpu_mismatch(profile, results.machine().machine, results.flags):
+        raise UnavailableError(f"{where} is not of a {profile.name}: {problem}", "run the bundle on that device")
     row = next((r for r in tuner.attempt(aimed(profile, CARRIED)) if r.recipe == asked.recipe and r.artifact), None)
     if row is None:
         raise IntegrityError(

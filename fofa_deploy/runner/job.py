@@ -7,6 +7,7 @@ a reason in the results, not the end of them. Without a job the results tell wha
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -105,7 +106,7 @@ def _child(folder: Path, task: str, number: int, seconds: float) -> dict[str, An
             process.kill()
             process.wait()
         text = Path(answer.name).read_text()
-        if text:
+        with contextlib.suppress(json.JSONDecodeError):  # killed while it wrote
             return _answer(text)
         log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL))
         how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"

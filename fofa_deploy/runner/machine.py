@@ -61,7 +61,10 @@ def _power_mode() -> str | None:
     """Jetson's nvpmodel, else the firmware's platform profile."""
     if shutil.which("nvpmodel") is None:
         return _text("/sys/firmware/acpi/platform_profile")
-    asked = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=20, check=False)
+    try:
+        asked = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=20, check=False)
+    except subprocess.TimeoutExpired:
+        return None
     return " ".join(asked.stdout.split()) or None
 
 

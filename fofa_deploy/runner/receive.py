@@ -136,7 +136,7 @@ def main() -> None:
     for number in (signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, _leave)
     out = sys.stdout.buffer
-    out.write(f"{marker} ready\n".encode())
+    out.write(f"\n{marker} ready\n".encode())  # a login shell may have spoken, and not ended its line
     out.flush()
     try:
         answer = serve(open(0, "rb", buffering=0, closefd=False), int(size), sha256, float(seconds))  # noqa: SIM115

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -10,10 +11,10 @@ from tiny import build, write_graph
 
 from fofa_deploy import environment
 from fofa_deploy.errors import IntegrityError, UserError
-from fofa_deploy.gate.baseline import Kept, baseline_file, write_baseline
+from fofa_deploy.gate.baseline import Kept, Said, baseline_file, write_baseline
 from fofa_deploy.gate.sources import open_source
 from fofa_deploy.gate.verdicts import Figures, GateReport, Verdict
-from fofa_deploy.types import Artifact
+from fofa_deploy.types import Artifact, digest_file
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def written(tmp_path_factory):
         tool_version="0",
         environment=environment.describe(),
     )
-    kept = {"cpu": Kept(folder, root / "graph" / "golden.npz", (0, 1, 2), "digest of the labels")}
+    kept = {"cpu": Kept(folder, root / "graph" / "golden.npz", Said((0, 1, 2), "digest of the labels"))}
     return root, report, kept
 
 
@@ -65,9 +66,31 @@ def test_what_was_written_is_read_back(base, written):
     source = open_source(base)
     assert source.environment == written[1].environment
     assert source.recorded["cpu"].figures == written[1].figures["cpu"]
-    assert source.subjects["cpu"].kept == ((0, 1, 2), "digest of the labels")
+    assert source.subjects["cpu"].said == Said((0, 1, 2), "digest of the labels")
     assert source.subjects["cpu"].artifact.sha256 == written[1].figures["cpu"].sha256
     assert open_source(base.parent).subjects.keys() == source.subjects.keys()
+
+
+def test_without_labels_it_keeps_what_the_answers_are_right_by(written, tmp_path):
+    _, report, kept = written
+    said = Said((0, 1, -1), "digest of the images", (0, 2, 1))
+    file = write_baseline(tmp_path / "base", report, {"cpu": replace(kept["cpu"], said=said)})
+    assert open_source(file).subjects["cpu"].said == said
+
+
+def test_a_baseline_keeps_its_own_files_alone(base, written):
+    mine = base.parent / "files" / "mine"
+    mine.mkdir()
+    before = files_of(base)
+    folder = before / "artifact" / "model.onnx"
+    seen = folder.stat().st_ino
+    write_baseline(base.parent, *written[1:])
+    assert folder.stat().st_ino == seen, "what is there already is not written again"
+    _, report, kept = written
+    write_baseline(base.parent, report, {"cpu": replace(kept["cpu"], said=None)})
+    assert not before.exists(), "of the baseline before"
+    assert open_source(base).subjects["cpu"].said is None
+    assert sorted(base.parent.joinpath("files").iterdir()) == sorted([mine, files_of(base)])
 
 
 def test_a_json_path_keeps_its_files_in_a_folder_of_its_name(written, tmp_path):
@@ -171,13 +194,40 @@ def test_symbolic_links_are_refused(base):
         open_source(base)
 
 
-def test_pickled_answers_are_never_loaded(base):
-    path = files_of(base) / "answers.npy"
-    np.save(path, np.array([object()]), allow_pickle=True)
-    import hashlib
+def huge(path):
+    """A header that claims far more than there is."""
+    path.write_bytes(
+        b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '<i4', 'fortran_order': False, 'shape': (1, 10000000000000), }".ljust(117) + b"\n"
+    )
 
-    change(base, "targets", "cpu", "files", "answers.npy", value=hashlib.sha256(path.read_bytes()).hexdigest())
-    with pytest.raises(IntegrityError, match=r"answers\.npy"):
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: np.save(path, np.array([object()]), allow_pickle=True),
+        lambda path: np.save(path, np.full((1, 3), np.inf)),
+        lambda path: np.save(path, np.zeros((1, 3), [("class", np.int32)])),
+        lambda path: np.save(path, np.zeros((3, 3), np.int32)),
+        lambda path: np.save(path, np.int32(3)),
+        lambda path: path.write_bytes(b""),
+        huge,
+    ],
+    ids=["pickle", "floats", "records", "three rows", "one number", "nothing", "huge"],
+)
+def test_answers_that_are_none_are_refused(base, write):
+    path = files_of(base) / "answers.npy"
+    write(path)
+    change(base, "targets", "cpu", "files", "answers.npy", value=digest_file(path))
+    with pytest.raises(IntegrityError, match="the files of cpu cannot be read"):
+        open_source(base)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 5000, "files/" + "a" * 300])
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_names_that_are_none_are_refused(base, name, place):
+    keys = ("folder",) if place == "folder" else ("files", name)
+    change(base, "targets", "cpu", *keys, value=name if place == "folder" else "0" * 64)
+    with pytest.raises(UserError):
         open_source(base)
 
 

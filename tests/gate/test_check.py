@@ -6,6 +6,7 @@ import gc
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -15,9 +16,11 @@ from tiny import build, run_cli, write_graph
 from fofa_deploy.config import load_plan
 from fofa_deploy.errors import DataError, IntegrityError, UnavailableError, UserError
 from fofa_deploy.gate import rules
-from fofa_deploy.gate.check import Options, check
+from fofa_deploy.gate.answers import Answers
+from fofa_deploy.gate.baseline import Said
+from fofa_deploy.gate.check import Options, _paired, check
 from fofa_deploy.gate.launches import race
-from fofa_deploy.gate.sources import Images
+from fofa_deploy.gate.sources import Images, open_source
 from fofa_deploy.gate.verdicts import Finding, GateReport, Verdict
 from fofa_deploy.isolate import Child
 from fofa_deploy.pipeline import compress_and_export
@@ -227,6 +230,67 @@ def test_a_bundle_is_a_side_like_any_other_and_leaves_nothing(baseline_run, tmp_
     assert found(report, "top-1").candidate == found(report, "top-1").baseline
     gc.collect()
     assert list(unpacked.iterdir()) == []
+
+
+def test_a_bundle_becomes_a_baseline(baseline_run, tmp_path):
+    packed, base = tmp_path / "packed.zip", tmp_path / "base"
+    done = run_cli("bundle", baseline_run, "--recipe", chosen(baseline_run).name, "--out", packed)
+    assert done.returncode == 0, done.stderr
+    profile = baseline_run.parent / "one-thread.toml"
+    done = run_cli("check", packed, "--profile", profile, "--update-baseline", base, "--quick", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert open_source(base).subjects.keys() == {"one-thread"}
+
+
+def test_a_plan_somewhere_above_makes_no_run_of_a_bundle_or_an_artifact(baseline_run, tmp_path, monkeypatch):
+    """What is no part of a run is not trusted as one, nor judged by its limits."""
+    packed, unpacked = tmp_path / "packed.zip", tmp_path / "a" / "b"
+    done = run_cli("bundle", baseline_run, "--recipe", chosen(baseline_run).name, "--out", packed)
+    assert done.returncode == 0, done.stderr
+    unpacked.mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "a", unpacked):
+        (folder / "plan.json").write_text("{}")
+    monkeypatch.setattr("tempfile.tempdir", str(unpacked))
+    bare = shutil.copytree(chosen(baseline_run), unpacked / "bare")
+    for path in (packed, bare):
+        source = open_source(path, str(baseline_run.parent / "one-thread.toml"))
+        assert (source.plan, source.subjects.keys()) == (None, {"one-thread"})
+    assert open_source(chosen(baseline_run)).plan is not None
+
+
+def test_without_labels_each_side_is_right_by_its_own_model(tmp_path):
+    """A student that was trained anew agrees with itself better than the one before it does with it."""
+    said, logits = np.arange(10) % 3, tmp_path / "logits.npy"
+    np.save(tmp_path / "images.npy", np.zeros((10, 1, 2, 2), np.uint8))
+    np.save(logits, np.eye(3, dtype=np.float32)[said])
+    images = Images(tmp_path, logits, labelled=False)
+    before = tuple(int(value) for value in (said + 1) % 3)
+
+    def paired(reference):
+        baseline = SimpleNamespace(images=None, said=Said(before, images.digest, reference))
+        pair = SimpleNamespace(target="cpu", candidate=SimpleNamespace(images=images), baseline=baseline)
+        return _paired(pair, Answers(classes=before), Answers(classes=tuple(said.tolist())))
+
+    found = paired(before)
+    assert (found.baseline.all(), found.candidate.all()) == (True, True)
+    with pytest.raises(DataError, match="does not say what its answers are right by"):
+        paired(None)
+
+
+def test_a_device_elsewhere_says_nothing_of_where_the_others_were_measured(baseline_run, copy, tmp_path):
+    board = tmp_path / "board.toml"
+    board.write_text(PROFILE.replace("one-thread", "board") + '\n[device]\nname = "cpu"\nhost = "board"\n')
+    for run in (copy, Path(shutil.copytree(baseline_run, tmp_path / "base"))):
+        plan = json.loads((run / "plan.json").read_text())
+        (run / "plan.json").write_text(json.dumps(plan | {"targets": [str(board), *plan["targets"]]}))
+        with edited(run) as (report, row):
+            there = row["environment"] | {"cpu": "Cortex-A76", "fingerprint": "of another machine"}
+            report["targets"].insert(0, row | {"target": "board", "environment": there})
+    judged, _ = check(copy, tmp_path / "base", Quiet(), Options(quick=True))
+    assert judged.verdict is Verdict.INCONCLUSIVE, judged.findings
+    verdicts = {(finding.target, finding.metric): finding.verdict for finding in judged.findings}
+    assert verdicts["one-thread", "latency"] is Verdict.PASS
+    assert verdicts["board", "device"] is Verdict.INCONCLUSIVE
 
 
 def test_what_is_no_bundle_is_told_and_leaves_nothing(baseline_run, tmp_path, monkeypatch):

@@ -77,6 +77,10 @@ def test_a_tail_of_the_candidate_alone_fails_and_one_of_the_machine_does_not():
     assert rules.judge_tail("cpu", series(tail=3.0), 0.9, 0.1).verdict is Verdict.FAIL
     assert rules.judge_tail("cpu", series(tail=3.0, twin=0.2), 0.9, 0.1).verdict is Verdict.INCONCLUSIVE
     assert rules.judge_tail("cpu", series(baseline=2.0), 0.9, 0.1).verdict is Verdict.IMPROVED
+    quick = Series(series(tail=3.0).launches[:5])
+    found = rules.judge_tail("cpu", quick, 0.99, 0.1)
+    assert found.verdict is Verdict.INCONCLUSIVE, "210 runs a launch, and 105 of the twin, which is too few for a p99"
+    assert "too few runs of the candidate against itself" in found.reason
     short = Series(series().launches[:1])
     assert rules.judge_tail("cpu", short, 0.99, 0.1) is None
 
