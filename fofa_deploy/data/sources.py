@@ -109,7 +109,7 @@ class FileSource:
     def __init__(self, dataset: Any, plan: DataPlan, where: str) -> None:  # noqa: ANN401 - timm's data sets share no class
         # Past timm's ImageDataset to its reader: it puts the next image in place of a broken one, and clips 16 bits to white.
         self._items, self._plan, self._where = getattr(dataset, "reader", dataset), plan, where
-        self._samples = getattr(self._items, "samples", None) or getattr(self._items, "imgs", None)
+        self._samples = getattr(self._items, "samples", getattr(self._items, "imgs", None))
         self.labels = np.asarray(_labels(self._items), np.int64)
         numbers = getattr(self._items, "class_to_idx", None) or {}
         self.folders = tuple(numbers) if len(set(numbers.values())) == len(numbers) else ()  # else synonyms, as ImageNet's
@@ -138,6 +138,8 @@ class FileSource:
     @cached_property
     def file_digests(self) -> tuple[str, ...]:
         """SHA-256 per file."""
+        if self._original:
+            return self._original.file_digests
         return tuple(digest_file(path) for path in self.files)
 
     @property

@@ -121,7 +121,7 @@ def _write_target(file: Path, target: str, figures: Figures, kept: Kept) -> Base
         scratch.rename(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     relative = folder.relative_to(file.parent).as_posix()
-    return BaselineTarget(figures=figures, folder=relative, truth=said and said.truth, files=files)
+    return BaselineTarget(figures=figures, folder=relative, truth=said.truth if said else None, files=files)
 
 
 def _home(file: Path) -> Path:

@@ -150,7 +150,8 @@ class Check:
             environment=self._here,
         )
         kept = [target for target in self._targets if not target.broken and not target.away]
-        return report, {t.pair.target: t.pair.candidate.kept(t.pair.golden, t.own and t.own.classes, candidate) for t in kept}
+        held = {t.pair.target: t.pair.candidate.kept(t.pair.golden, t.own.classes if t.own else None, candidate) for t in kept}
+        return report, held
 
     # --- accuracy -------------------------------------------------------------------------------------------------
 
@@ -369,8 +370,7 @@ def _paired(pair: Pair, baseline: Answers, candidate: Answers) -> Paired:
     if theirs != images.digest or not len(truth) == len(baseline.classes) == len(candidate.classes):
         problem = f"{pair.target}: candidate and baseline were not run on the same images"
         raise DataError(problem, "make both from the same data, seed and verify.samples, or write the baseline again")
-    # Without labels, right is what the model that the artifact came from says: each side's own.
-    reference = truth if images.labelled else other.images.truth if other.images else other.said and other.said.reference
+    reference = truth if images.labelled else other.model_says
     if reference is None or len(reference) != len(truth):
         action = "write the baseline again with --update-baseline, or compare with its run directory"
         raise DataError(f"{pair.target}: the baseline does not say what its answers are right by", action)

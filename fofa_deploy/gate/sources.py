@@ -79,6 +79,13 @@ class Subject:
         artifact = self.artifact
         return digest([artifact.backend, artifact.sha256, artifact.sidecar, artifact.recipe.options])
 
+    @property
+    def model_says(self) -> Sequence[int] | NDArray[np.int64] | None:
+        """The class per image of the model that the artifact came from; without labels, its answers are right by that."""
+        if self.images:
+            return self.images.pytorch
+        return self.said.reference if self.said else None
+
     def runnable(self, profile: HardwareProfile, golden: Path) -> Candidate:
         return Candidate(artifact=self.artifact.folder, profile=profile, golden=golden, batch=profile.execution.batch_sizes[0])
 

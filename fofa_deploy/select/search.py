@@ -119,8 +119,7 @@ class Selector:
 
     def _flattered(self, candidates: Sequence[Candidate]) -> list[str]:
         """A notice where the teacher competes by images that it may have learned: it was not trained here."""
-        taught_by = self.halving.taught_by
-        if taught_by is None or taught_by[0].fit or not any(one.ready for one in candidates):
+        if self.plan.teacher is None or self.plan.teacher.fit or not any(one.ready for one in candidates):
             return []
         told = "the teacher competes by its accuracy on validation images; where it was trained on them, that flatters it"
         return [f"{told}: select.teacher = false leaves it out"]

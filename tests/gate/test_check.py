@@ -20,7 +20,7 @@ from fofa_deploy.gate.answers import Answers
 from fofa_deploy.gate.baseline import Said
 from fofa_deploy.gate.check import Options, _paired, check
 from fofa_deploy.gate.launches import race
-from fofa_deploy.gate.sources import Images, open_source
+from fofa_deploy.gate.sources import Images, Subject, open_source
 from fofa_deploy.gate.verdicts import Finding, GateReport, Verdict
 from fofa_deploy.isolate import Child
 from fofa_deploy.pipeline import compress_and_export
@@ -225,7 +225,7 @@ def test_a_bundle_is_a_side_like_any_other_and_leaves_nothing(baseline_run, tmp_
     done = run_cli("bundle", baseline_run, "--recipe", chosen(baseline_run).name, "--out", packed)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr("tempfile.tempdir", str(unpacked))
-    report, _ = check(packed, baseline_run, Quiet())
+    report = check(packed, baseline_run, Quiet())[0]  # what a baseline would keep holds the folder
     assert report.verdict is Verdict.PASS
     assert found(report, "top-1").candidate == found(report, "top-1").baseline
     gc.collect()
@@ -267,7 +267,7 @@ def test_without_labels_each_side_is_right_by_its_own_model(tmp_path):
     before = tuple(int(value) for value in (said + 1) % 3)
 
     def paired(reference):
-        baseline = SimpleNamespace(images=None, said=Said(before, images.digest, reference))
+        baseline = Subject("cpu", None, None, None, said=Said(before, images.digest, reference))
         pair = SimpleNamespace(target="cpu", candidate=SimpleNamespace(images=images), baseline=baseline)
         return _paired(pair, Answers(classes=before), Answers(classes=tuple(said.tolist())))
 

@@ -1,7 +1,5 @@
 """The teacher is a candidate that needs no training: chosen where it keeps the budget and nobody is as good."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from fofa_deploy.config import TeacherPlan, load_plan
@@ -84,9 +82,9 @@ def test_a_pruned_teacher_is_no_student(chosen):
 
 @pytest.mark.parametrize(("teacher", "told"), [({"fit": {"epochs": 1}}, 0), ({"checkpoint": "teacher.safetensors"}, 1)])
 def test_the_accuracy_of_a_teacher_from_elsewhere_may_flatter_it(teacher, told):
-    taught_by = TeacherPlan(model="timm:resnet18", **teacher), None
-    selector = Selector(load_plan("demo", SMALL), (), None, SimpleNamespace(taught_by=taught_by), None)
-    notices = selector._flattered([itself(taught_by[0], (16, 16))])
+    plan = TeacherPlan(model="timm:resnet18", **teacher)
+    selector = Selector(load_plan("demo", SMALL).model_copy(update={"teacher": plan}), (), None, None, None)
+    notices = selector._flattered([itself(plan, (16, 16))])
     assert len(notices) == told
     assert all("select.teacher = false" in notice for notice in notices)
     assert selector._flattered([]) == []
