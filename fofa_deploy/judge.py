@@ -106,9 +106,10 @@ def _throughput_problem(value: float | None, least: float | None) -> str:
 def failures(plan: RunPlan, report: RunReport) -> list[FofaError]:
     """Why a finished run is not a success: required targets without a chosen artifact, or no target with anything to show."""
     names = {name: find_profile(name).name for name in plan.targets}  # rows from devices that are no targets were kept, not tried
+    required = [names[name] for name in plan.required]
     own = [row for row in report.targets if row.target in names.values()]
     rows = {target: [row for row in own if row.target == target] for target in names.values()}
-    found = [_failure(t, rows[t]) for t in map(names.__getitem__, plan.required) if not any(row.chosen for row in rows[t])]
+    found = [_failure(name, rows[name]) for name in required if not any(row.chosen for row in rows[name])]
     if not any(row.status in (Status.VERIFIED, Status.BUILT_NOT_RUN) for row in own):
         found.append(_failure("every target", own))
     return found
