@@ -491,19 +491,25 @@ def test_another_size_of_a_data_set_is_not_read_for_its_digest(folder, monkeypat
     assert len(read) == 16
 
 
-def test_no_other_program_is_started_for_an_image(folder, tmp_path, monkeypatch):
-    """Pillow hands PostScript to Ghostscript, whatever the file's name."""
-    script = tmp_path / "bin" / "gs"
+@pytest.fixture
+def ran(tmp_path, monkeypatch) -> Path:
+    """A file that is there once Ghostscript, to which Pillow hands PostScript, has been started."""
+    script, ran = tmp_path / "bin" / "gs", tmp_path / "ran"
     script.parent.mkdir()
-    script.write_text(f"#!/bin/sh\necho ran > {tmp_path}/ran\nexit 1\n")
+    script.write_text(f"#!/bin/sh\necho ran > {ran}\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
+    return ran
+
+
+def test_no_other_program_is_started_for_an_image(folder, ran):
+    """Pillow hands PostScript to Ghostscript, whatever the file's name."""
     bad = folder / "train" / "cat" / "0.png"
     bad.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
     data = load_data(folder_plan(folder), 0)
     with pytest.raises(DataError, match=r"cat/0\.png .* cannot be decoded"):
         data.train.source.images(np.arange(16))
-    assert not (tmp_path / "ran").exists()
+    assert not ran.exists()
 
 
 def torch_folder(root: Path, **options) -> DataPlan:
@@ -511,13 +517,8 @@ def torch_folder(root: Path, **options) -> DataPlan:
     return folder_plan(root, name="torch/image_folder", **options)
 
 
-def test_torchvisions_own_loader_is_not_asked_for_files(folder, tmp_path, monkeypatch):
+def test_torchvisions_own_loader_is_not_asked_for_files(folder, ran):
     """It would start Ghostscript for PostScript, and clip 16 bits to white."""
-    script = tmp_path / "bin" / "gs"
-    script.parent.mkdir()
-    script.write_text(f"#!/bin/sh\necho ran > {tmp_path}/ran\nexit 1\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{script.parent}:/usr/bin:/bin")
     gray = folder / "train" / "dog" / "0.png"
     Image.fromarray(np.full((10, 12), 0x8000, np.uint16)).save(gray)
     data = load_data(torch_folder(folder), 0)
@@ -527,7 +528,7 @@ def test_torchvisions_own_loader_is_not_asked_for_files(folder, tmp_path, monkey
     gray.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
     with pytest.raises(DataError, match=r"dog/0\.png .* cannot be decoded"):
         source.images(np.array([place]))
-    assert not (tmp_path / "ran").exists()
+    assert not ran.exists()
 
 
 # --- test images that are training images
