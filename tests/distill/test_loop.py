@@ -124,6 +124,15 @@ def test_ctrl_c_checkpoints_and_the_resumed_run_is_bit_identical(tmp_path, teach
     assert strip == [epoch.model_copy(update={"seconds": 0.0}) for epoch in read_curve(uninterrupted)]
 
 
+@pytest.fixture
+def ctrl_c():
+    """It acts, also where the tests were started in the background of a shell, which has its jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_sigterm_may_come_twice_and_a_second_ctrl_c_acts_at_once():
     """Batch systems tell every process, and launchers pass it on."""
     before = signal.getsignal(signal.SIGTERM)
