@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from fofa_deploy.config import DataPlan
+from fofa_deploy.serving.preprocess import FORMATS, eight_bits
 
 Pixels = NDArray[np.uint8]
-
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Of images that are decoded here. Pillow knows more, and for one of them, PostScript, starts another program."""
 
 SUFFIXES = frozenset({"bmp", "gif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"})
 """Of their files."""
@@ -37,7 +35,7 @@ def to_pixels(image: Image.Image, plan: DataPlan, box: Sequence[float] = WHOLE) 
             ratio; what there is beside that part widens the range of places.
     """
     height, width = plan.image_size
-    image = _eight_bits(image).convert("L" if plan.channels == 1 else "RGB")
+    image = eight_bits(image).convert("L" if plan.channels == 1 else "RGB")
     if tuple(box) != WHOLE:
         scale = min(image.width / width, image.height / height)
         (left, right), (top, bottom) = (
@@ -64,19 +62,3 @@ def _placed(start: float, end: float, part: float, whole: int) -> tuple[int, int
     length, free = (end - start) * part, 1 - (end - start)
     first = (start / free if free > 0 else 0.5) * (whole - length)
     return round(first), max(round(first) + 1, round(first + length))
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16-bit grayscale down: Pillow's own conversion clips it to white.
-
-    Raises:
-        ValueError: its numbers are floats, or of more than 16 bits, and nothing tells which of them is white.
-    """
-    if image.mode == "F":
-        raise ValueError("it holds floats, and nothing tells which of them is white: save it as 8 or 16 bits")
-    if not image.mode.startswith("I"):
-        return image
-    pixels = np.asarray(image)
-    if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
-        raise ValueError("it holds numbers beyond 16 bits, and nothing tells which of them is white: save it as 8 or 16 bits")
-    return Image.fromarray((pixels // 257).astype(np.uint8))

@@ -27,6 +27,9 @@ LEAST_IMAGES = 16
 
 _ENDINGS = frozenset(f".{suffix}" for suffix in SUFFIXES)
 
+_TORCH, _ROOTLESS = "torch/", ("hfds/", "hfids/", "tfds/", "wds/")
+"""How timm's names of data sets begin: those that lie in data.root, and those that may be fetched."""
+
 
 def open_sources(plan: DataPlan) -> tuple[Source, Source]:
     """The plan's training source and test source, labels checked.
@@ -251,5 +254,3 @@ _LAYOUTS: dict[str, Callable[[DataPlan], tuple[Source, Source]]] = {
     "images": _images,
     "shards": _shards,
 }
-_TORCH, _ROOTLESS = "torch/", ("hfds/", "hfids/", "tfds/", "wds/")
-"""How timm's names of data sets begin: those that lie in data.root, and those that may be fetched."""

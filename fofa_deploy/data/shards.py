@@ -43,31 +43,27 @@ class Shards:
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._files = tuple(files)
+        self.files = tuple(files)
         found = [np.asarray(list(_places(path)), np.int64).reshape(-1, 3) for path in files]
         self._shard: NDArray[np.int32] = np.repeat(np.arange(len(files), dtype=np.int32), [len(rows) for rows in found])
         self._offsets, self._sizes, self.targets = np.ascontiguousarray(np.concatenate(found).T)
 
     @property
-    def files(self) -> tuple[Path, ...]:
-        return self._files
-
-    @property
     def digest(self) -> str:
         """Of every file's content, in order; reads each once."""
-        return digest([digest_file(path) for path in self._files])
+        return digest([digest_file(path) for path in self.files])
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
-        with self._files[self._shard[index]].open("rb", buffering=0) as shard:
+        with self.files[self._shard[index]].open("rb", buffering=0) as shard:
             content = os.pread(shard.fileno(), int(self._sizes[index]), int(self._offsets[index]))
         return io.BytesIO(content), int(self.targets[index])
 
     def name(self, index: int) -> str:
         """Shard and member, as ``tar -t`` tells it."""
-        path, offset = self._files[self._shard[index]], self._offsets[index]
+        path, offset = self.files[self._shard[index]], self._offsets[index]
         return next(f"{path}, member {member.name}" for member, _ in _members(path) if member.offset_data == offset)
 
 

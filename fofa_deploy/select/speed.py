@@ -25,6 +25,7 @@ GROUP = 8
 """Artifacts that are loaded at a time, the common reference among them."""
 
 TIMES = ("p50_ms", "p90_ms", "throughput_sps")
+"""Figures that other work on the machine moves."""
 
 AGAIN = "run the same command again: what has been timed is not timed again"
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow knows more, and for one of them, PostScript, starts another program."""
+"""Of images that are decoded. Pillow knows more, and for one of them, PostScript, starts another program."""
 
 
 def read_sidecar(folder: Path) -> dict[str, Any]:
@@ -24,12 +24,12 @@ def prepare(file: str | Path, sidecar: dict[str, Any]) -> np.ndarray:
 
     Raises:
         OSError: it is no image of ``FORMATS``.
-        ValueError: it holds floats, or numbers beyond 16 bits: nothing tells which of them is white.
+        ValueError: as `eight_bits`.
     """
     told = sidecar["preprocessing"]
     height, width = told["image_size"]
     with Image.open(file, formats=FORMATS) as opened:
-        image = _eight_bits(opened).convert("L" if told["channels"] == 1 else "RGB")
+        image = eight_bits(opened).convert("L" if told["channels"] == 1 else "RGB")
     method = Image.Resampling[told["interpolation"].upper()]
     image = ImageOps.fit(image, (width, height), method, (1 - told["crop_fraction"]) / 2)
     pixels = np.asarray(image).reshape(1, height, width, -1)
@@ -38,11 +38,17 @@ def prepare(file: str | Path, sidecar: dict[str, Any]) -> np.ndarray:
     return np.ascontiguousarray(pixels if sidecar.get("layout") == "NHWC" else pixels.transpose(0, 3, 1, 2))
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale 16 bits down, which Pillow itself would clip to white."""
-    if not image.mode.startswith(("F", "I")):
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grayscale down: Pillow's own conversion clips it to white.
+
+    Raises:
+        ValueError: its numbers are floats, or of more than 16 bits, and nothing tells which of them is white.
+    """
+    if image.mode == "F":
+        raise ValueError("it holds floats, and nothing tells which of them is white: save it as 8 or 16 bits")
+    if not image.mode.startswith("I"):
         return image
-    numbers = np.asarray(image)
-    if image.mode == "F" or numbers.min() < 0 or numbers.max() > 65535:
-        raise ValueError("it holds floats or numbers beyond 16 bits, and nothing tells which is white: save it as 8 or 16 bits")
-    return Image.fromarray((numbers // 257).astype(np.uint8))
+    pixels = np.asarray(image)
+    if pixels.min(initial=0) < 0 or pixels.max(initial=0) > 65535:
+        raise ValueError("it holds numbers beyond 16 bits, and nothing tells which of them is white: save it as 8 or 16 bits")
+    return Image.fromarray((pixels // 257).astype(np.uint8))
