@@ -116,6 +116,9 @@ class FofaPlan(Frozen):
 
     stages: PositiveInt = Field(default=4, description="depths at which features are compared")
     regions: PositiveInt = Field(default=16, description="n, regions per stage; a square number")
+    cells: PositiveInt = Field(
+        default=4, description="cells of a region, to a side, that are told apart; a finer map is averaged to as many"
+    )
     width: PositiveInt = Field(default=512, description="d, width of region-aware attention")
     heads: PositiveInt = 8
     attention: bool = Field(default=True, description="regions of all stages attend to each other; off: each stage for itself")

@@ -70,6 +70,8 @@ def write(lines: Sequence[dict], regimes: Iterable[study.Regime], folder: Path) 
         parts += _forgetting(lines, "screen", regime)
         title = f"## How long features teach, validation accuracy, {regime.described}"
         parts += _screening(title, _latest(lines, "end", regime, "validation"), study.ENDS, study.ENDS[-1].name, set())
+        title = f"## How finely regions are seen, validation accuracy, {regime.described}"
+        parts += _screening(title, _latest(lines, "cells", regime, "validation"), study.CELLS, study.CELLS[-1].name, set())
     (folder / "README.md").write_text("\n".join(parts).rstrip() + "\n")
 
 

@@ -4,6 +4,7 @@ of a comparison, test images are read once, at its end.
 python benchmarks/distillation/run.py rate            # each student's learning rate, alone, on validation images
 python benchmarks/distillation/run.py screen          # forms of feedback, on validation images
 python benchmarks/distillation/run.py end             # how long features teach, on validation images
+python benchmarks/distillation/run.py cells           # how finely regions are seen, on validation images
 python benchmarks/distillation/run.py tune            # each method's setting, on validation images
 python benchmarks/distillation/run.py retune          # the same with the teachers as they are now: would it be chosen again?
 python benchmarks/distillation/run.py pace            # what an epoch takes, for equal compute; on a quiet machine
@@ -36,7 +37,7 @@ from fofa_deploy.distill.job import Taught, Workshop, read_curve, read_summary  
 from fofa_deploy.progress import Progress, Quiet, Terminal  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
-DATA_SEED, TEACHER_SEED, TUNING_SEED, SCREENING_SEED, ENDING_SEED = 0, 0, 900, 800, 700
+DATA_SEED, TEACHER_SEED, TUNING_SEED, SCREENING_SEED, ENDING_SEED, CELLS_SEED = 0, 0, 900, 800, 700, 600
 QUICK_EPOCHS, PACE_EPOCHS = 2, 4
 
 
@@ -176,6 +177,11 @@ def end(regime: study.Regime, seeds: int) -> Iterator[Training]:
     return _tried("end", regime, product(range(ENDING_SEED, ENDING_SEED + seeds), study.PAIRS, study.ENDS))
 
 
+def cells(regime: study.Regime, seeds: int) -> Iterator[Training]:
+    """Every number of cells that a region may have."""
+    return _tried("cells", regime, product(range(CELLS_SEED, CELLS_SEED + seeds), study.FINE, study.CELLS))
+
+
 def _tried(phase: str, regime: study.Regime, which: Iterable[tuple[int, study.Pair, study.Method]]) -> Iterator[Training]:
     rates = _rates(regime)
     for seed, pair, form in which:
@@ -269,7 +275,16 @@ def asked(trainings: Iterable[Training], only: str | None, pair: str | None, qui
             yield training
 
 
-PHASES = {"rate": rate, "screen": screen, "end": end, "tune": tune, "retune": retune, "pace": pace, "compare": compare}
+PHASES = {
+    "rate": rate,
+    "screen": screen,
+    "end": end,
+    "cells": cells,
+    "tune": tune,
+    "retune": retune,
+    "pace": pace,
+    "compare": compare,
+}
 
 
 @click.command()

@@ -189,6 +189,12 @@ SCREENED = (PAIRS[0], PAIRS[2])
 ENDS = tuple(_default(f"features until {share:g}", features_until=share) for share in (0.5, 0.75, 1.0))
 """How long features teach, screened on validation images and on all pairs."""
 
+CELLS = tuple(_default(f"{cells} x {cells} cells of a region", fofa={"cells": cells}) for cells in (1, 2, 4))
+"""How finely regions are seen, screened on validation images. The last one is all there is to see of these students."""
+
+FINE = tuple(pair for pair in PAIRS if pair.student == "cnn")
+"""Maps of the other students have as many cells as regions."""
+
 ABLATIONS = (
     _default(TO_THE_END, **THROUGHOUT),
     _fofa("FOFA, gamma = 1, balance twice as often", fofa=BLIND),

@@ -18,13 +18,15 @@ from fofa_deploy.distill.grids import resize
 class RegionEmbedding(nn.Module):
     """One stage cut into g x g regions: (B, c, h, w) -> (B, n, d), n = g * g, row-major.
 
-    A convolution whose stride is its kernel is one product of matrices, which is two to three times as fast.
+    A convolution whose stride is its kernel is one product of matrices, which is two to three times as fast. The kernel has at
+    most ``cells`` to a side, and a finer map is averaged to that: weights would grow with the image otherwise (6.4 million for
+    the 56 x 56 map of a ResNet's first stage, cut into 4 x 4), to see what no vector per region is asked for.
     """
 
-    def __init__(self, channels: int, size: tuple[int, int], side: int, width: int) -> None:
+    def __init__(self, channels: int, size: tuple[int, int], side: int, cells: int, width: int) -> None:
         super().__init__()
-        self.kernel = (math.ceil(size[0] / side), math.ceil(size[1] / side))
-        self.size = (self.kernel[0] * side, self.kernel[1] * side)  # rounded up: nothing is thrown away
+        self.kernel = (min(cells, math.ceil(size[0] / side)), min(cells, math.ceil(size[1] / side)))
+        self.size = (self.kernel[0] * side, self.kernel[1] * side)  # below ``cells`` rounded up: nothing is thrown away
         self.embed = nn.Linear(self.kernel[0] * self.kernel[1] * channels, width)
 
     def forward(self, grid: Tensor) -> Tensor:
@@ -40,15 +42,18 @@ class RegionAwareAttention(nn.Module):
     Args:
         shapes: (c, h, w) of each student stage.
         regions: n per stage, a square number.
+        cells: of a region that its embedding tells apart, to a side.
         width: d.
         attend: False leaves every region to itself (the ablation): LayerNorm and V alone.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, int, int]], regions: int, width: int, heads: int, attend: bool = True) -> None:
+    def __init__(
+        self, shapes: Sequence[tuple[int, int, int]], regions: int, cells: int, width: int, heads: int, attend: bool = True
+    ) -> None:
         super().__init__()
         side = math.isqrt(regions)
         self.regions, self.heads = side * side, heads
-        self.embeddings = nn.ModuleList(RegionEmbedding(c, (h, w), side, width) for c, h, w in shapes)
+        self.embeddings = nn.ModuleList(RegionEmbedding(c, (h, w), side, cells, width) for c, h, w in shapes)
         self.norm = nn.LayerNorm(width)
         self.value = nn.Linear(width, width)
         self.attend = attend

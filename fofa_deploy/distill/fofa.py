@@ -42,7 +42,7 @@ class FeatureBranch(Term):
         self.teacher_stages = evenly(len(teacher.stages), pairs)
         targets = [teacher.stages[index] for index in self.teacher_stages]
         shapes = [student.stages[index].shape for index in self.student_stages]
-        self.attention = RegionAwareAttention(shapes, plan.regions, plan.width, plan.heads, plan.attention)
+        self.attention = RegionAwareAttention(shapes, plan.regions, plan.cells, plan.width, plan.heads, plan.attention)
         self.aligners = nn.ModuleList(Aligner(plan.width, stage.channels) for stage in targets)
         self.scales = nn.ModuleList(Standardizer(stage.channels) if plan.standardize else nn.Identity() for stage in targets)
         side = plan.path == "side"

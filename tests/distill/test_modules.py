@@ -9,7 +9,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from torch import nn
 from torch.nn import functional
 
-from fofa_deploy.distill.attention import Aligner, RegionAwareAttention
+from fofa_deploy.distill.attention import Aligner, RegionAwareAttention, RegionEmbedding
 from fofa_deploy.distill.depthwise import Depthwise5x5
 from fofa_deploy.distill.grids import FEW, pool, resize
 from fofa_deploy.distill.heads import SETTLED, ExitBranch, Projector, Standardizer
@@ -116,8 +116,8 @@ def test_resizing_is_smooth():
 # --- region-aware attention
 
 
-def attention(regions=4, width=8, heads=2):
-    return RegionAwareAttention(SHAPES, regions, width, heads)
+def attention(regions=4, cells=4, width=8, heads=2):
+    return RegionAwareAttention(SHAPES, regions, cells, width, heads)
 
 
 def maps(count=3, scale=1):
@@ -184,6 +184,22 @@ def test_regions_are_row_major():
     grid[..., :4, 4:] = 1  # upper right
     tokens = block(grid) - block(torch.zeros_like(grid))
     assert tokens.abs().sum(2).nonzero()[:, 1].tolist() == [1]
+
+
+def test_weights_of_an_embedding_do_not_grow_with_the_map():
+    small, large = (RegionEmbedding(3, size, side=4, cells=4, width=8) for size in ((16, 13), (112, 112)))
+    assert small.kernel == large.kernel == (4, 4)
+    assert RegionEmbedding(3, (7, 30), side=4, cells=4, width=8).kernel == (2, 4)
+
+
+def test_a_finer_map_is_averaged_and_stays_where_it_is():
+    fine, coarse = (RegionEmbedding(1, (side, side), side=2, cells=2, width=4) for side in (24, 4))
+    coarse.load_state_dict(fine.state_dict())
+    assert torch.allclose(fine(torch.full((1, 1, 24, 24), 0.7)), coarse(torch.full((1, 1, 4, 4), 0.7)), atol=1e-5)
+    lit = torch.zeros(1, 1, 24, 24)
+    lit[..., 1:5, 19:23] = 1  # in the upper right cell of the upper right region
+    changed = fine(lit) - fine(torch.zeros_like(lit))
+    assert changed.abs().sum(2).nonzero()[:, 1].tolist() == [1]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 2), (8, 5), (14, 14)])
