@@ -117,7 +117,9 @@ class FofaPlan(Frozen):
     stages: PositiveInt = Field(default=4, description="depths at which features are compared")
     regions: PositiveInt = Field(default=16, description="n, regions per stage; a square number")
     cells: PositiveInt = Field(
-        default=4, description="cells of a region, to a side, that are told apart; a finer map is averaged to as many"
+        default=4,
+        exclude_if=lambda cells: cells == 4,  # plans without it are what they were, and so are their stages' keys
+        description="cells of a region, to a side, that are told apart; a finer map is averaged to as many",
     )
     width: PositiveInt = Field(default=512, description="d, width of region-aware attention")
     heads: PositiveInt = 8
