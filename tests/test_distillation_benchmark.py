@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ FOLDER = Path(__file__).parent.parent / "benchmarks" / "distillation"
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 before = list(sys.path)
 sys.path.insert(0, str(FOLDER))
-import report  # noqa: E402 - from the benchmark's folder
+import evidence  # noqa: E402 - from the benchmark's folder
+import goals  # noqa: E402
 import run  # noqa: E402
 import study  # noqa: E402
 
 sys.path[:] = before  # the benchmarks' modules have common names
-for name in ("report", "run", "study"):
+for name in ("evidence", "goals", "report", "run", "study"):
     del sys.modules[name]
 
 SMALL, LONG = study.REGIMES["small"], study.REGIMES["long"]
@@ -32,7 +34,7 @@ def scores(*seeds: tuple[float, float]) -> dict[tuple[str, int], float]:
 
 def test_a_seed_is_one_number():
     one, other = scores((0.9, 0.5), (0.8, 0.7), (0.9, 0.6)), scores((0.8, 0.5), (0.8, 0.6), (0.6, 0.6))
-    difference, p, seeds = report._paired(one, other)
+    difference, p, seeds = evidence.paired(one, other)
     by_seed = [0.05, 0.05, 0.15]
     assert (difference, seeds) == (pytest.approx(sum(by_seed) / 3), 3)
     assert p == pytest.approx(stats.ttest_1samp(by_seed, 0).pvalue)
@@ -41,13 +43,81 @@ def test_a_seed_is_one_number():
 def test_only_seeds_that_all_pairs_have_are_compared():
     one, other = scores((0.9, 0.5), (0.8, 0.7)), scores((0.8, 0.5), (0.8, 0.6))
     del one["a", 1]
-    assert report._paired(one, other) == (pytest.approx(0.05), None, 1)
+    assert evidence.paired(one, other) == (pytest.approx(0.05), None, 1)
     del one["a", 0]
-    assert report._paired(one, other) is None
+    assert evidence.paired(one, other) is None
 
 
 def test_p_is_corrected_by_holm():
-    assert report._holm({"x": 0.01, "y": 0.04, "z": 0.03, "unknown": None}) == pytest.approx({"x": 0.03, "z": 0.06, "y": 0.06})
+    assert evidence.holm({"x": 0.01, "y": 0.04, "z": 0.03, "unknown": None}) == pytest.approx({"x": 0.03, "z": 0.06, "y": 0.06})
+
+
+def test_pairs_may_be_the_sample():
+    one = {(pair, seed): 0.8 + 0.01 * seed for pair in "abc" for seed in range(2)}
+    other = {("a", 0): 0.7, ("b", 1): 0.75, ("c", 0): 0.78, ("c", 1): 0.75}
+    assert evidence.across_pairs(one, other) == pytest.approx(stats.ttest_1samp([0.1, 0.06, 0.04], 0).pvalue)
+    assert evidence.across_pairs({block: 0.5 for block in one if block[0] != "c"}, other) is None
+
+
+# --- goals
+
+
+def trained(method: str, pair: study.Pair, seed: int, test: float, **more) -> dict:
+    told = {"phase": "compare", "regime": "small", "plan": {}, "epochs": SMALL.epochs[pair.student], "validation": test}
+    return {**told, "pair": pair.name, "method": method, "seed": seed, "test": test, **more}
+
+
+def record(lead: float, drop: float) -> list[dict]:
+    """Four seeds in which the default is ahead of all by ``lead``, and of RSD by less; its teacher forgets ``drop``."""
+    lines = [
+        {"phase": "teacher", "teacher": kind, "epochs": SMALL.teacher_epochs, "test": 0.9} for kind in ("cnn", "mixer", "hybrid")
+    ]
+    for seed, pair in product(range(4), study.PAIRS):
+        base = 0.8 + 0.001 * seed
+        told = {"drift_nats": 0.1, "teacher_top1": 0.9, "prompted_top1": 0.9 - drop}
+        lines.append(trained(study.DEFAULT, pair, seed, base + lead, diagnostics=told))
+        lines += [trained(name, pair, seed, base + 0.0001 * (-1) ** seed) for name in ("alone", "KD", "OFA")]
+        lines.append(trained("RSD", pair, seed, base + lead - (0.001, 0.02, -0.001, 0.01)[seed]))
+        if seed == 0:
+            twice = trained("alone, twice the epochs", pair, seed, base + 0.004)
+            lines.append({**twice, "epochs": 2 * twice["epochs"]})
+    return lines
+
+
+def verdicts(lines: list[dict]) -> dict[str, bool]:
+    return {goal: met for goal, _, met in goals._rows(lines, SMALL)}
+
+
+def test_goals_are_held_to_the_record():
+    met = verdicts(record(lead=0.03, drop=0.004))
+    assert {goal for goal, reached in met.items() if not reached} == {"ahead of RSD, p below 0.05"}
+    assert len(met) == 4 + 3 + 3 + 4
+    missed = {goal for goal, reached in verdicts(record(lead=0.015, drop=0.012)).items() if not reached}
+    assert missed == {goal for goal in met if "ahead of the student alone" in goal or "forgets" in goal or "RSD" in goal}
+    behind = verdicts(record(lead=-0.01, drop=0.0))
+    assert not behind["ahead of KD, corrected p below 0.05"], "a difference that is sure, and of the wrong sign"
+
+
+def test_a_goal_without_room_is_none():
+    lines = [{**line, "test": 0.83} if line["phase"] == "teacher" else line for line in record(lead=0.03, drop=0.004)]
+    assert not any("ahead of the student alone" in goal for goal in verdicts(lines))
+
+
+def test_what_was_muted_is_trained_again_and_then_stands_no_more():
+    training = next(iter(run.screen(SMALL, 1)))
+    muted = {**json.loads(json.dumps(training.key)), "validation": 0.5, "dist_muted": True}
+    sound = {**muted, "validation": 0.6}
+    del sound["dist_muted"]
+    assert not run._is_done(training, [muted])
+    assert run._is_done(training, [muted, sound])
+    assert evidence.standing([muted, sound]) == [sound]
+    assert evidence.standing([muted]) == [muted]
+
+
+def test_all_takes_up_phases_in_an_order_that_serves_them():
+    found = [training.phase for training in run.everything(SMALL, 1)]
+    assert list(dict.fromkeys(found)) == ["rate", "tune", "retune", "pace", "screen", "end", "switch", "cells", "compare"]
+    assert {training.phase for training in run.everything(LONG, 1)} == {"compare"}
 
 
 def pace(method: str, seed: int, seconds: float) -> dict:
@@ -59,9 +129,9 @@ def test_equal_compute_is_the_median_of_what_was_timed_side_by_side(regime):
     rounds = [(2.0, 4.0), (1.0, 5.0), (1.0, 3.0)]
     names = "KD", study.DEFAULT
     lines = [pace(name, number, taken[at]) for number, taken in enumerate(rounds) for at, name in enumerate(names)]
-    assert report.paces(lines, regime) == {("KD", "a"): 3.0, (study.DEFAULT, "a"): 1.0}
-    assert report.paces(lines[:-1], regime)["KD", "a"] == 3.5, "a round of which one half is missing does not count"
-    assert report.paces(lines[:1], regime) == {}
+    assert evidence.paces(lines, regime) == {("KD", "a"): 3.0, (study.DEFAULT, "a"): 1.0}
+    assert evidence.paces(lines[:-1], regime)["KD", "a"] == 3.5, "a round of which one half is missing does not count"
+    assert evidence.paces(lines[:1], regime) == {}
 
 
 def test_a_quick_run_leaves_out_what_only_explains_unless_it_is_named():

@@ -6,22 +6,18 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
+import goals
 import study
-from scipy import stats
+from evidence import Scores, Test, across_pairs, against, forgotten, gains, latest, paces, standing, student
 
 from fofa_deploy.training import FofaPlan
 
 USUAL = FofaPlan()
-FORM_REFERENCE = "no feedback"
 MUTED = "†"
-Block = tuple[str, int]
-"""What two methods have in common when they are compared: pair and seed."""
 Setting = tuple[str, str, str]
 """Phase, who, and what was set."""
-Test = tuple[float, float | None, int]
-"""A mean difference, its p where there are seeds enough, and their number."""
 
 _AGAIN = (
     "The first column chose. Two of the teachers were fitted anew after a part of it, and DIST was muted in some (see above):",
@@ -33,6 +29,7 @@ _AGAIN = (
 
 def write(lines: Sequence[dict], regimes: Iterable[study.Regime], folder: Path) -> None:
     """README.md, and a picture for every regime that has a table to draw."""
+    lines, regimes = standing(lines), list(regimes)
     parts = [
         "# Distillation methods compared",
         "",
@@ -55,23 +52,27 @@ def write(lines: Sequence[dict], regimes: Iterable[study.Regime], folder: Path) 
         f"FOFA's attention is {study.FOFA['width']} wide with {study.FOFA['heads']} heads here, for networks of this size;",
         f"usually it is {USUAL.width} wide with {USUAL.heads}.",
         "",
+        *goals.section(lines, regimes),
         *_muted(lines),
         *_teachers(lines),
     ]
     for regime in regimes:
         parts += _settings([line for line in lines if line.get("regime") == regime.name], regime)
-        parts += _comparison(_latest(lines, "compare", regime, "test"), regime, folder)
+        parts += _comparison(latest(lines, "compare", regime, "test"), regime, folder)
         parts += _pace(lines, regime)
         parts += _doubling(lines, regime)
         parts += _forgetting(lines, "compare", regime)
         title = f"## Forms of feedback, validation accuracy, {regime.described}"
         muted = {line["method"] for line in lines if line.get("dist_muted") and line["phase"] == "screen"}
-        parts += _screening(title, _latest(lines, "screen", regime, "validation"), study.FORMS, FORM_REFERENCE, muted)
+        parts += _screening(title, latest(lines, "screen", regime, "validation"), study.FORMS, study.UNFED, muted)
         parts += _forgetting(lines, "screen", regime)
         title = f"## How long features teach, validation accuracy, {regime.described}"
-        parts += _screening(title, _latest(lines, "end", regime, "validation"), study.ENDS, study.ENDS[-1].name, set())
+        parts += _screening(title, latest(lines, "end", regime, "validation"), study.ENDS, study.ENDS[-1].name, set())
+        title = f"## Switches of the default plan, validation accuracy, {regime.described}"
+        parts += _screening(title, latest(lines, "switch", regime, "validation"), study.SWITCHES, study.SWITCHES[0].name, set())
+        parts += _forgetting(lines, "switch", regime)
         title = f"## How finely regions are seen, validation accuracy, {regime.described}"
-        parts += _screening(title, _latest(lines, "cells", regime, "validation"), study.CELLS, study.CELLS[-1].name, set())
+        parts += _screening(title, latest(lines, "cells", regime, "validation"), study.CELLS, study.CELLS[-1].name, set())
     (folder / "README.md").write_text("\n".join(parts).rstrip() + "\n")
 
 
@@ -112,7 +113,7 @@ def _settings(lines: Sequence[dict], regime: study.Regime) -> list[str]:
     again: dict[Setting, dict[str, float]] = defaultdict(dict)
     for line in lines:
         if line["phase"] == "rate":
-            tried["rate", f"{_student(line)} alone", f"learning rate {line['plan']['lr']:g}"][line["pair"]] = line["validation"]
+            tried["rate", f"{student(line)} alone", f"learning rate {line['plan']['lr']:g}"][line["pair"]] = line["validation"]
         elif line["phase"] in ("tune", "retune"):
             own = {name: value for name, value in line["plan"].items() if name in chosen[line["method"]]}
             column = tried if line["phase"] == "tune" else again
@@ -147,24 +148,6 @@ def _ranked(means: dict[Setting, float], key: Setting) -> str:
     return f"{means[key]:.2f}{' (best)' if means[key] == best else ''}"
 
 
-def _student(line: dict) -> str:
-    return str(line["pair"].split()[-1])
-
-
-def paces(lines: Iterable[dict], regime: study.Regime) -> dict[tuple[str, str], float]:
-    """(method, pair) -> how many of its epochs take as long as one of the default plan, the median over rounds."""
-    seconds: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
-    for line in lines:
-        if line["phase"] == "pace" and line["regime"] == (regime.settled or regime.name):
-            seconds[line["method"], line["pair"]][line["seed"]] = line["seconds"]
-    factors = {}
-    for (method, pair), rounds in seconds.items():
-        ours = seconds.get((study.DEFAULT, pair), {})
-        if common := rounds.keys() & ours.keys():
-            factors[method, pair] = median(ours[number] / rounds[number] for number in common)
-    return factors
-
-
 def _pace(lines: Sequence[dict], regime: study.Regime) -> list[str]:
     """The factors behind equal compute."""
     found, pairs = paces(lines, regime), [pair.name for pair in study.PAIRS]
@@ -181,35 +164,16 @@ def _pace(lines: Sequence[dict], regime: study.Regime) -> list[str]:
 
 def _doubling(lines: Iterable[dict], regime: study.Regime) -> list[str]:
     """What twice as many epochs are worth to each student alone."""
-    alone = study.METHODS[0].name
-    scores = _latest(lines, "compare", regime, "validation")
-    once, twice = scores[alone], scores[alone + study.TWICE]
-    rows = []
-    for student, epochs in regime.epochs.items():
-        blocks = [block for block in once.keys() & twice.keys() if block[0].split()[-1] == student]
-        if blocks:
-            first, second = (100 * mean(found[block] for block in blocks) for found in (once, twice))
-            seeds = len({seed for _, seed in blocks})  # the teacher makes no difference
-            rows.append(f"| {student} | {epochs} | {first:.2f} | {second:.2f} | {second - first:+.2f} | {seeds} |")
+    rows = [
+        f"| {gain.student} | {gain.epochs} | {gain.once:.2f} | {gain.twice:.2f} | {gain.points:+.2f} | {gain.seeds} |"
+        for gain in gains(lines, regime)
+    ]
     title = "### What twice as many epochs are worth to a student alone, validation accuracy"
     head = [title, "", "| student | epochs | once | twice | gain, points | seeds |", "|---|---|---|---|---|---|"]
     return [*head, *rows, ""] if rows else []
 
 
-def _latest(lines: Iterable[dict], phase: str, regime: study.Regime, score: str) -> dict[str, dict[Block, float]]:
-    """method -> (pair, seed) -> accuracy, of the full schedule or of a method's own."""
-    longer = {method.name for method in study.LONGER}
-    found: dict[str, dict[Block, float]] = defaultdict(dict)
-    for line in lines:
-        if line["phase"] != phase or line["regime"] != regime.name:
-            continue
-        epochs = regime.epochs[_student(line)]
-        if line["epochs"] == epochs or (line["method"] in longer and line["epochs"] > epochs):
-            found[line["method"]][line["pair"], line["seed"]] = line[score]
-    return found
-
-
-def _comparison(scores: dict[str, dict[Block, float]], regime: study.Regime, folder: Path) -> list[str]:
+def _comparison(scores: Scores, regime: study.Regime, folder: Path) -> list[str]:
     if not scores:
         return []
     named = [method.name for method in study.COMPARED if method.name in scores]
@@ -222,14 +186,21 @@ def _comparison(scores: dict[str, dict[Block, float]], regime: study.Regime, fol
         f"![mean and standard deviation over seeds](methods-{regime.name}.svg)",
         "",
         *_table(scores, named, pairs, study.DEFAULT, set()),
+        *_by_pairs(scores),
         *(note for name, notes in study.NOTES.items() if name in named for note in (*notes, "")),
         *_behind(scores, named, study.UNPROMPTED),
     ]
 
 
-def _screening(
-    title: str, scores: dict[str, dict[Block, float]], forms: Sequence[study.Method], reference: str, marked: set[str]
-) -> list[str]:
+def _by_pairs(scores: Scores) -> list[str]:
+    """Whether other families would see the same lead: a harder question than that of other seeds."""
+    ours = scores.get(study.DEFAULT, {})
+    found = {method.name: across_pairs(ours, scores[method.name]) for method in study.METHODS if method.name in scores}
+    told = ", ".join(f"{name} {_p(p)}" for name, p in found.items() if name != study.DEFAULT and p is not None)
+    return [f"With pairs as the sample, not seeds, p of the lead of {study.DEFAULT!r} over: {told}.", ""] if told else []
+
+
+def _screening(title: str, scores: Scores, forms: Sequence[study.Method], reference: str, marked: set[str]) -> list[str]:
     if not scores:
         return []
     named = [method.name for method in forms if method.name in scores]
@@ -237,11 +208,9 @@ def _screening(
     return [title, "", *_table(scores, named, pairs, reference, marked)]
 
 
-def _table(
-    scores: dict[str, dict[Block, float]], named: list[str], pairs: list[str], reference: str, marked: set[str]
-) -> list[str]:
+def _table(scores: Scores, named: list[str], pairs: list[str], reference: str, marked: set[str]) -> list[str]:
     """Mean and standard deviation per pair, and the paired difference to ``reference``, p corrected by Holm."""
-    tests, corrected = _against(scores, named, reference)
+    tests, corrected = against(scores, named, reference)
     rows = [f"| method | {' | '.join(pairs)} | {_columns(reference)} |", "|---" * (len(pairs) + 5) + "|"]
     for name in named:
         cells = [_cell([value for key, value in scores[name].items() if key[0] == pair]) for pair in pairs]
@@ -250,9 +219,9 @@ def _table(
     return [*rows, ""]
 
 
-def _behind(scores: dict[str, dict[Block, float]], named: list[str], reference: str) -> list[str]:
+def _behind(scores: Scores, named: list[str], reference: str) -> list[str]:
     """The paired differences to one more method, p corrected by Holm."""
-    tests, corrected = _against(scores, named, reference)
+    tests, corrected = against(scores, named, reference)
     rows = [f"| {name} | {_told(test, corrected.get(name))} |" for name, test in tests.items()]
     return [f"| method | {_columns(reference)} |", "|---" * 5 + "|", *rows, ""] if rows else []
 
@@ -266,13 +235,6 @@ def _told(test: Test, corrected: float | None) -> str:
     return f"{100 * difference:+.2f} | {seeds} | {_p(p)} | {_p(corrected)}"
 
 
-def _against(scores: dict[str, dict[Block, float]], named: list[str], reference: str) -> tuple[dict[str, Test], dict[str, float]]:
-    """Paired tests of all that share a training with ``reference``, and their p corrected by Holm."""
-    found = {name: _paired(scores[name], scores.get(reference, {})) for name in named if name != reference}
-    tests = {name: test for name, test in found.items() if test}
-    return tests, _holm({name: test[1] for name, test in tests.items()})
-
-
 def _cell(values: list[float]) -> str:
     if not values:
         return ""
@@ -283,43 +245,11 @@ def _p(value: float | None) -> str:
     return "" if value is None else "< .001" if value < 0.001 else f"{value:.3f}"
 
 
-def _paired(one: dict[Block, float], other: dict[Block, float]) -> Test | None:
-    """Mean difference over pairs and the seeds that all of them have, p of the t-test over seeds, and their number.
-
-    Pairs with one student share what a seed makes of it, and the student alone is even the same one for all teachers: only
-    seeds are independent of one another.
-    """
-    common, pairs = one.keys() & other.keys(), {pair for pair, _ in other}
-    whole = sorted(seed for seed in {seed for _, seed in common} if all((pair, seed) in common for pair in pairs))
-    if not whole:
-        return None
-    differences = [mean(one[pair, seed] - other[pair, seed] for pair in pairs) for seed in whole]
-    p = float(stats.ttest_1samp(differences, 0.0).pvalue) if len(whole) > 2 and len(set(differences)) > 1 else None
-    return mean(differences), p, len(whole)
-
-
-def _holm(found: dict[str, float | None]) -> dict[str, float]:
-    """Holm's step-down correction for as many comparisons as there are rows."""
-    known = sorted((p, name) for name, p in found.items() if p is not None)
-    corrected, largest = {}, 0.0
-    for rank, (p, name) in enumerate(known):
-        largest = max(largest, min(1.0, p * (len(known) - rank)))
-        corrected[name] = largest
-    return corrected
-
-
 def _forgetting(lines: Iterable[dict], phase: str, regime: study.Regime) -> list[str]:
     """What became of the prompted teacher by the last epoch, per form and pair."""
-    drops: dict[tuple[str, str], list[float]] = defaultdict(list)
-    drifts: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for line in lines:
-        told = line.get("diagnostics", {})
-        if line["phase"] == phase and line["regime"] == regime.name and told.get("drift_nats", 0.0) > 1e-6:
-            drops[line["method"], line["pair"]].append(100 * (told["teacher_top1"] - told["prompted_top1"]))
-            drifts[line["method"], line["pair"]].append(told["drift_nats"])
     rows = [
-        f"| {form} | {pair} | {mean(found):+.1f} | {max(found):+.1f} | {mean(drifts[form, pair]):.3f} | {len(found)} |"
-        for (form, pair), found in sorted(drops.items())
+        f"| {row.form} | {row.pair} | {mean(row.drops):+.1f} | {max(row.drops):+.1f} | {mean(row.drifts):.3f} | {len(row.drops)} |"
+        for row in forgotten(lines, phase, regime)
     ]
     head = [
         "### Does the prompted teacher forget?",
@@ -332,7 +262,7 @@ def _forgetting(lines: Iterable[dict], phase: str, regime: study.Regime) -> list
     return [*head, *rows, ""] if rows else []
 
 
-def draw(scores: dict[str, dict[Block, float]], named: list[str], pairs: list[str], path: Path) -> None:
+def draw(scores: Scores, named: list[str], pairs: list[str], path: Path) -> None:
     """Dots with error bars: one panel per pair, one row per method."""
     import matplotlib
 

@@ -1,9 +1,11 @@
 """Distillation methods compared: same students, schedules and augmentation, several seeds; of each training
 of a comparison, test images are read once, at its end.
 
+python benchmarks/distillation/run.py all             # what follows, for every regime: days
 python benchmarks/distillation/run.py rate            # each student's learning rate, alone, on validation images
 python benchmarks/distillation/run.py screen          # forms of feedback, on validation images
 python benchmarks/distillation/run.py end             # how long features teach, on validation images
+python benchmarks/distillation/run.py switch          # prompts made cheaper, on validation images
 python benchmarks/distillation/run.py cells           # how finely regions are seen, on validation images
 python benchmarks/distillation/run.py tune            # each method's setting, on validation images
 python benchmarks/distillation/run.py retune          # the same with the teachers as they are now: would it be chosen again?
@@ -31,13 +33,14 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import report  # noqa: E402 - neighbours of this file, as are the models that plans name
 import study  # noqa: E402
+from evidence import paces  # noqa: E402
 
 from fofa_deploy.data import Data, load_data  # noqa: E402
 from fofa_deploy.distill.job import Taught, Workshop, read_curve, read_summary  # noqa: E402
 from fofa_deploy.progress import Progress, Quiet, Terminal  # noqa: E402
 
 RESULTS = HERE / "results.jsonl"
-DATA_SEED, TEACHER_SEED, TUNING_SEED, SCREENING_SEED, ENDING_SEED, CELLS_SEED = 0, 0, 900, 800, 700, 600
+DATA_SEED, TEACHER_SEED, TUNING_SEED, SCREENING_SEED, ENDING_SEED, CELLS_SEED, SWITCH_SEED = 0, 0, 900, 800, 700, 600, 500
 QUICK_EPOCHS, PACE_EPOCHS = 2, 4
 
 
@@ -147,7 +150,12 @@ def recorded(results: Path = RESULTS) -> list[dict]:
 
 def _is_done(training: Training, lines: list[dict]) -> bool:
     key = json.loads(json.dumps(training.key))
-    return any(key.items() <= line.items() for line in lines)
+    return any(key.items() <= line.items() and not _to_repeat(line) for line in lines)
+
+
+def _to_repeat(line: dict) -> bool:
+    """Forms that had DIST muted are screened again; tuning has a phase of its own for that."""
+    return line["phase"] == "screen" and line.get("dist_muted", False)
 
 
 # --- phases ---------------------------------------------------------------------------------------------------
@@ -175,6 +183,11 @@ def screen(regime: study.Regime, seeds: int) -> Iterator[Training]:
 def end(regime: study.Regime, seeds: int) -> Iterator[Training]:
     """Every share of the epochs in which features may teach."""
     return _tried("end", regime, product(range(ENDING_SEED, ENDING_SEED + seeds), study.PAIRS, study.ENDS))
+
+
+def switch(regime: study.Regime, seeds: int) -> Iterator[Training]:
+    """Every way to make prompts cheaper."""
+    return _tried("switch", regime, product(range(SWITCH_SEED, SWITCH_SEED + seeds), study.SCREENED, study.SWITCHES))
 
 
 def cells(regime: study.Regime, seeds: int) -> Iterator[Training]:
@@ -221,11 +234,17 @@ def compare(regime: study.Regime, seeds: int) -> Iterator[Training]:
             yield Training("compare", regime, pair, method, _tuned(method, regime, lines), seed, epochs, rates[pair.student])
 
 
+def everything(regime: study.Regime, seeds: int) -> Iterator[Training]:
+    """All phases, each after those whose findings it needs."""
+    for phase in (compare,) if regime.settled else (rate, tune, retune, pace, screen, end, switch, cells, compare):
+        yield from phase(regime, seeds)
+
+
 def _epochs(method: study.Method, regime: study.Regime, pair: study.Pair, lines: list[dict]) -> int:
     """By the method's length."""
     epochs = regime.epochs[pair.student]
     if method.length == study.EQUAL:
-        factor = report.paces(lines, regime).get((method.tuned_as, pair.name))
+        factor = paces(lines, regime).get((method.tuned_as, pair.name))
         if factor is None:
             raise click.ClickException(f"not known yet what {method.tuned_as} takes on {pair.name}: run the phase 'pace' first")
         return round(epochs * max(1.0, factor))
@@ -276,9 +295,11 @@ def asked(trainings: Iterable[Training], only: str | None, pair: str | None, qui
 
 
 PHASES = {
+    "all": everything,
     "rate": rate,
     "screen": screen,
     "end": end,
+    "switch": switch,
     "cells": cells,
     "tune": tune,
     "retune": retune,
@@ -289,7 +310,7 @@ PHASES = {
 
 @click.command()
 @click.argument("phase", type=click.Choice([*PHASES, "report"]))
-@click.option("--regime", type=click.Choice(list(study.REGIMES)), default="small")
+@click.option("--regime", type=click.Choice(list(study.REGIMES)), help="Unless said, small; of 'all', every one.")
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--root", default="/usr/share/datasets/fashion-mnist", show_default=True, help="Fashion-MNIST's four IDX files.")
 @click.option("--work", type=click.Path(path_type=Path), default="runs/distillation", show_default=True)
@@ -299,19 +320,23 @@ PHASES = {
 @click.option("--quick", is_flag=True, help=f"One seed, {QUICK_EPOCHS} epochs, no ablations: under 20 minutes; in --work alone.")
 @click.option("--quiet", is_flag=True)
 def main(
-    phase: str, regime: str, seeds: int, root: str, work: Path, threads: int, only: str | None, pair_name: str | None,
+    phase: str, regime: str | None, seeds: int, root: str, work: Path, threads: int, only: str | None, pair_name: str | None,
     quick: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Run PHASE and record it."""
     work.mkdir(parents=True, exist_ok=True)
-    folder, chosen = (work, study.REGIMES[regime].glimpse(QUICK_EPOCHS)) if quick else (HERE, study.REGIMES[regime])
+    folder = work if quick else HERE
     results = folder / RESULTS.name
+    chosen = [study.REGIMES[regime or "small"]] if regime or phase != "all" else list(study.REGIMES.values())
+    if quick:
+        chosen = [each.glimpse(QUICK_EPOCHS) for each in chosen]
     if phase != "report":
         room = Room(root, work.absolute(), threads, Quiet() if quiet else Terminal(), results)
-        for training in asked(PHASES[phase](chosen, 1 if quick else seeds), only, pair_name, quick):
+        trainings = (training for each in chosen for training in PHASES[phase](each, 1 if quick else seeds))
+        for training in asked(trainings, only, pair_name, quick):
             if not _is_done(training, recorded(results)):
                 room.train(training)
-    report.write(recorded(results), [chosen] if quick else study.REGIMES.values(), folder)
+    report.write(recorded(results), chosen if quick else study.REGIMES.values(), folder)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,8 @@ class Method:
 
 
 DEFAULT, UNPROMPTED, TO_THE_END = "FOFA (default)", "FOFA without prompts", "FOFA, features to the end"
+UNFED = "no feedback"
+"""What forms of feedback are compared with."""
 TWICE, EQUAL = ", twice the epochs", ", equal compute"
 
 OFTEN, SELDOM = 20, 40
@@ -160,7 +162,7 @@ LONGER = (METHODS[0].of(TWICE), *(method.of(EQUAL) for method in TIMED))
 
 FORMS = (
     _fofa("no feedback, fixed weights", balance="fixed"),
-    _fofa("no feedback"),
+    _fofa(UNFED),
     _fofa("regions: hard ones count for more", fofa={"emphasis": "regions"}),
     _fofa("regions: hard ones count for less", fofa={"emphasis": "regions", "emphasis_power": -0.5}),
     _fofa("channels: hard ones count for more", fofa={"emphasis": "channels"}),
@@ -189,6 +191,21 @@ SCREENED = (PAIRS[0], PAIRS[2])
 ENDS = tuple(_default(f"features until {share:g}", features_until=share) for share in (0.5, 0.75, 1.0))
 """How long features teach, screened on validation images and on all pairs."""
 
+SWITCHES = (
+    _default("default"),
+    _default("no prompt", fofa={"prompted_stages": []}),
+    _default("prompt in the last stage", fofa=LATE),
+    _default("prompts in every stage", fofa=ALL),
+    _default("prompts from stage 2", fofa={**ALL, "prompted_stages": [2, 3]}),
+    _default("prompts on every 4th step", fofa={**ALL, "prompt_every": 4}),
+    _default("prompts on a quarter of the batch", fofa={**ALL, "prompt_share": 0.25}),
+    _default("prompts beside the teacher", fofa={**ALL, "path": "side"}),
+    _default("prompts on every 2nd step", fofa={**ALL, "prompt_every": 2}),
+    _default("prompts on half of the batch", fofa={**ALL, "prompt_share": 0.5}),
+)
+"""What makes prompts cheaper, in a plan that is the default's in all else, screened on validation images; but for the default's
+own, they see the gap. What each costs is the matter of benchmarks/distill-cost."""
+
 CELLS = tuple(_default(f"{cells} x {cells} cells of a region", fofa={"cells": cells}) for cells in (1, 2, 4))
 """How finely regions are seen, screened on validation images. The last one is all there is to see of these students."""
 
@@ -200,6 +217,7 @@ ABLATIONS = (
     _fofa("FOFA, gamma = 1, balance twice as often", fofa=BLIND),
     _default("FOFA without prompts, features in the first half", fofa={"prompted_stages": []}),
     _default("FOFA without attention", fofa={"attention": False}),
+    _default("FOFA without the regularizer", weights={"regularizer": 0.0}),
     _default("FOFA without standardized targets", fofa={"standardize": False}),
     _default("FOFA without RSD", method="fofa+dist"),
     _default("FOFA with KD for DIST", method="fofa+rsd"),

@@ -66,7 +66,7 @@ class FeatureBranch(Term):
         return len(self.prompts) > 0 and self._plan.path == "teacher"
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
-        """L_FD and, where there are prompts, what keeps the prompted teacher from forgetting."""
+        """Maps (B, C_i, H_i, W_i) of both -> scalars: L_FD and, where there are prompts, what keeps the teacher from forgetting."""
         plain = self.targets(lesson.teacher)
         if self.training:
             self._update(plain)
@@ -130,6 +130,7 @@ class FeatureBranch(Term):
         return _enlarged(aligned, target) - target if self._plan.feedback else None
 
     def standardize(self, maps: Sequence[Tensor]) -> Maps:
+        """Teacher maps (B, C_i, H_i, W_i), raw -> the same shapes, comparable between stages and channels."""
         return tuple(scale(grid) for scale, grid in zip(self.scales, maps, strict=True))
 
     def targets(self, features: Features) -> Maps:

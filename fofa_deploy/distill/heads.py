@@ -30,6 +30,7 @@ class Sketch(nn.Module):
         self.register_buffer("basis", torch.linalg.qr(drawn).Q)
 
     def forward(self, embedding: Tensor) -> Tensor:
+        """(B, D) -> (B, d), in float32."""
         with torch.autocast(embedding.device.type, enabled=False):
             return embedding.float() @ self.basis
 
@@ -70,6 +71,7 @@ class Standardizer(nn.Module):
         self.variance.lerp_(variance, share).add_(share * (1 - share) * shift.square())
 
     def forward(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape, in float32, mean 0 and variance 1 by the plain teacher's statistics."""
         # The floor is relative: dead channels stay small whatever the stage's scale.
         floor = 1e-4 * self.variance.mean() + 1e-12
         scale = torch.rsqrt(self.variance + floor)

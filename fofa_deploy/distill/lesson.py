@@ -38,4 +38,5 @@ class Term(nn.Module):
     notices: tuple[str, ...] = ()
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+        """A batch -> scalars with gradients, by name; each before its weight."""
         raise NotImplementedError

@@ -29,6 +29,7 @@ class Divergence(Term):
         self._name, self._loss = name, loss
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Logits (B, K) of both -> a scalar."""
         return {self._name: self._loss(lesson)}
 
 
@@ -61,6 +62,7 @@ class OneForAll(Term):
         self.exits = nn.ModuleList(ExitBranch(stage.shape, student.classes) for stage in student.stages)
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+        """The student's maps (B, C_i, H_i, W_i), each by its exit (B, K), and its logits (B, K) -> the sum of their losses."""
         answers = [branch(grid) for branch, grid in zip(self.exits, lesson.student.maps, strict=True)]
         taught = [
             losses.one_for_all_loss(lesson.teacher.logits, logits, lesson.labels, self._gamma)
@@ -78,6 +80,7 @@ class Hint(Term):
         self.regress = Regressor(student.stages[self._student].channels, teacher.stages[self._teacher].channels)
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+        """One map of each, (B, c, h, w) and (B, C, H, W) -> their mean squared error at the teacher's size."""
         target = lesson.teacher.maps[self._teacher]
         guess = self.regress(lesson.student.maps[self._student], (target.shape[-2], target.shape[-1]))
         return {"fitnet": functional.mse_loss(guess.float(), target.float())}
@@ -101,6 +104,7 @@ class RedundancySuppression(Term):
         self.sketch = Sketch(teacher.embedding_width, width) if width < teacher.embedding_width else nn.Identity()
 
     def forward(self, lesson: Lesson) -> dict[str, Tensor]:
+        """Embeddings (B, D_s) and (B, D_t) -> a scalar; zero where the whole batch is one image."""
         assert lesson.student.embedding is not None
         assert lesson.teacher.embedding is not None
         # Correlations, and the projector's batch norm, are over the whole batch, wherever its parts are.

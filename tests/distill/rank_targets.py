@@ -8,15 +8,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 from test_loop import distilled, retrained, small_plan
 from torch import nn
 
 from fofa_deploy.data import load_data
-from fofa_deploy.distill import checkpoint, parallel
+from fofa_deploy.distill import checkpoint, engine, parallel
 from fofa_deploy.distill.job import Workshop
 from fofa_deploy.distill.loop import Trainer
 from fofa_deploy.distill.losses import redundancy_loss
+from fofa_deploy.distill.taps import tap
 from fofa_deploy.progress import Quiet
 
 
@@ -84,6 +86,23 @@ def train(folder: Path, teacher: Path, overrides: tuple[str, ...], fate: str = "
             return distilled(plan, folder, (plan.teacher, teacher))
     Workshop(load_data(plan.data, plan.seed), plan.seed, 1, Quiet()).follow()
     return ""
+
+
+def shard(shared: bool) -> dict[str, object]:
+    """A frozen network's weights in all, those that this process holds of them, and its answer to some images."""
+    parallel.join()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=2, num_classes=5)
+    tapped = tap(model.eval().requires_grad_(False), (3, 32, 32))
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if shared:
+        engine.sharded(tapped)
+    held = sum(getattr(parameter, "_local_tensor", parameter).numel() for parameter in model.parameters())
+    with torch.no_grad():
+        logits = tapped(torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))).logits
+    parallel.leave()
+    return {"weights": weights, "held": held, "logits": logits.flatten().tolist()}
 
 
 def retrain(folder: Path, student: Path, teacher: Path, overrides: tuple[str, ...]) -> None:

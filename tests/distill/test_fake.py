@@ -172,7 +172,4 @@ def test_the_student_computes_what_its_artifact_will(tmp_path, make):
     batch = torch.from_numpy(known.apply(np.load(tmp_path / "images.npy")))
     with fake_quantized(model, bits, 0, [batch]):
         imitated = predict(model, data.validation, known)
-    print(
-        make.__name__, np.linalg.norm(imitated - real) / np.linalg.norm(real), np.linalg.norm(plain - real) / np.linalg.norm(real)
-    )
     assert np.linalg.norm(imitated - real) < 0.8 * np.linalg.norm(plain - real)

@@ -2,10 +2,9 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from scipy.special import log_softmax, rel_entr, softmax
+from scipy.special import rel_entr, softmax
 from torch import nn
 from torch.nn import functional
 
@@ -266,7 +265,6 @@ def test_divergence_matches_scipy_and_runs_from_teacher_to_student(temperature):
     expected = rel_entr(p, q).sum(1).mean() * temperature**2
     assert float(divergence(teacher, student, temperature)) == pytest.approx(expected, rel=1e-4)
     assert float(divergence(teacher, teacher)) == pytest.approx(0, abs=1e-6)
-    assert np.isfinite(log_softmax(teacher.numpy(), axis=1)).all()
 
 
 def whitened(count=64, width=6):

@@ -10,6 +10,7 @@ from torch import nn
 
 from fofa_deploy import training
 from fofa_deploy.config import DistillPlan, WeightsPlan
+from fofa_deploy.distill import losses as distances
 from fofa_deploy.distill import objective as objectives
 from fofa_deploy.distill.engine import _parts, compiled
 from fofa_deploy.distill.grids import resize
@@ -101,7 +102,7 @@ def test_gradients_reach_exactly_what_is_trained(method, objective, batch):
         open_prompts(made)
     made(*batch()).total.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
-    silent = [name for name, p in made.named_parameters() if not p.grad.any() and not name.endswith(("key.bias", "bias"))]
+    silent = [name for name, p in made.named_parameters() if not p.grad.any() and not name.endswith("key.bias")]
     assert silent == []
     assert not any(p.requires_grad or p.grad is not None for p in made.teacher.parameters())
 
@@ -232,11 +233,48 @@ def test_reversing_a_batch_changes_nothing_else(objective, batch):
 
 
 def test_feedback_is_of_the_same_images(objective, batch):
-    """No state passes from one batch to the next but the running statistics."""
-    made = open_prompts(objective(fofa={"standardize": False})).eval()
+    """No state passes from one batch to the next but the running statistics, of which a loss of training makes no use here."""
+    made = open_prompts(objective(fofa={"standardize": False})).train()
     alone = made(*batch(seed=1)).terms
     made(*batch(seed=2, count=3))
-    assert all(torch.equal(term, alone[name]) for name, term in made(*batch(seed=1)).terms.items())
+    again = made(*batch(seed=1)).terms
+    assert all(torch.equal(term, alone[name]) for name, term in again.items())
+
+
+def test_feedback_is_what_the_student_lacks_of_the_plain_teacher(objective, batch):
+    """The gap that each prompt is given: aligned student less standardized plain teacher, and it counts."""
+    made, given = open_prompts(objective()).train(), {}
+    branch = made.terms["fofa"]
+    for pair, prompt in branch.prompts.items():
+        hook = lambda _, inputs, named, pair=pair: given.__setitem__(int(pair), named["gap"])  # noqa: E731
+        prompt.register_forward_pre_hook(hook, with_kwargs=True)
+    images, labels = batch()
+    told = made(images, labels).terms
+    with torch.no_grad():
+        targets = branch.standardize(branch.targets(made.teacher(images)))
+        aligned = branch.align(made.student(images), targets)
+    assert sorted(given) == list(range(len(targets)))
+    for pair, gap in given.items():
+        assert torch.allclose(gap, resize(aligned[pair], targets[pair].shape[-2:]) - targets[pair], atol=1e-4)
+    for prompt in branch.prompts.values():
+        prompt.fuse.project.weight.data.zero_()
+        prompt.fuse.project.bias.data.zero_()
+    assert not torch.allclose(made(images, labels).terms["regularizer"], told["regularizer"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("strength", [1e-6, 1.0, 1e6])
+def test_balanced_terms_are_scaled_within_limits_and_then_weighted(strength, objective, batch, monkeypatch):
+    """total = the sum of weight x scale x term, whatever a term's own size; prompts' terms are not balanced."""
+    weights = {"rsd": 2.0, "regularizer": 0.5}
+    made = open_prompts(objective(method="fofa+rsd", balance="gradient", weights=weights)).train()
+    loss = distances.redundancy_loss
+    monkeypatch.setattr(distances, "redundancy_loss", lambda *arguments: strength * loss(*arguments))
+    losses = made(*batch())
+    norms = dict(zip(("ce", *made.plan.terms), made.balance.norms.tolist(), strict=True))
+    scales = {name: min(100.0, max(0.01, norms["ce"] / norms[name])) for name in made.plan.terms}
+    expected = sum(weights.get(name, 1.0) * scales.get(name, 1.0) * float(term) for name, term in losses.terms.items())
+    assert float(losses.total.detach()) == pytest.approx(expected, rel=1e-4)
+    assert (scales["rsd"] in (0.01, 100.0)) == (strength != 1.0)
 
 
 def test_non_square_inputs():

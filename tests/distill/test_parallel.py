@@ -181,12 +181,13 @@ def test_a_batch_that_is_too_small_to_share_is_refused(tmp_path, teacher):  # no
 
 
 def test_killed_or_terminated_together_they_resume_bit_identically(tmp_path, teacher, ranks):  # noqa: F811
-    """With everything random that a student may do; the teacher is sharded, and the resumed run has data loader processes."""
+    """With everything random that a student may do; the teacher is sharded, and two of the runs have data loader processes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     plan = ("distill.shard_teacher=true", "distill.channels_last=true", "distill.accumulate=2")
     uninterrupted, _ = ranks(rank_targets.train, whole, teacher[1], plan)
 
-    assert ranks(rank_targets.train, killed, teacher[1], plan, "killed", 2) == [None, None]
+    loading = (*plan, "distill.workers=2")
+    assert ranks(rank_targets.train, killed, teacher[1], loading, "killed", 2) == [None, None]
     state, _ = checkpoint.load_newest(killed / "checkpoints")
     assert state["step"] in (1, 2)
 
@@ -195,9 +196,18 @@ def test_killed_or_terminated_together_they_resume_bit_identically(tmp_path, tea
     assert [type(error) for error in errors] == [InterruptedRunError] * 2
     assert {error.message for error in errors} == {"interrupted at step 5, checkpoint written"}
 
-    assert ranks(rank_targets.train, killed, teacher[1], (*plan, "distill.workers=2"))[0] == uninterrupted
+    assert ranks(rank_targets.train, killed, teacher[1], loading)[0] == uninterrupted
     strip = [[epoch.model_copy(update={"seconds": 0.0}) for epoch in read_curve(folder)] for folder in (whole, killed)]
     assert strip[0] == strip[1]
+
+
+def test_a_sharded_teacher_is_shared_out_and_answers_as_a_whole_one(ranks):
+    one, other = ranks(rank_targets.shard, True)
+    whole, _ = ranks(rank_targets.shard, False)
+    for found in (one, other):
+        assert found["held"] < 0.6 * found["weights"], "each process holds about a half"
+        assert found["logits"] == pytest.approx(whole["logits"], rel=1e-6)
+    assert whole["held"] == whole["weights"] == one["weights"]
 
 
 def test_nobody_goes_on_before_a_checkpoint_is_written(tmp_path, teacher, ranks):  # noqa: F811
@@ -215,14 +225,32 @@ def test_a_process_that_dies_fails_the_others_soon(tmp_path, teacher, ranks):  #
 # --- as users start it
 
 
-def test_torchrun_distills_in_two_processes(tmp_path):
-    """The whole verb: rank 0 alone keeps the run directory, the other one helps with both trainings."""
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    # One process: several on CPUs are more than it starts.
+    "accelerate launch": ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_distill(launcher, tmp_path):
+    """The whole verb: rank 0 alone keeps the run directory, others help with both trainings."""
     sets = ["data.limit=64", "data.image_size=16", "teacher.arguments={channels=[8,8,16,16],stem_width=4}"]
     sets += ["teacher.fit={epochs=1,batch_size=32}", "teacher.floor_top1=0.0", "distill.epochs=1"]
     sets += ["student.arguments={patch_size=4,embed_dim=16,depth=2,num_heads=2}", "distill.method='kd'"]
     shown = [part for value in sets for part in ("--set", value)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "fofa_deploy", "distill", "demo", "--out", str(tmp_path / "run"), *shown]
+    command = [
+        sys.executable,
+        "-m",
+        *LAUNCHERS[launcher],
+        "-m",
+        "fofa_deploy",
+        "distill",
+        "demo",
+        "--out",
+        str(tmp_path / "run"),
+        *shown,
+    ]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=SECONDS, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
