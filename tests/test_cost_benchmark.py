@@ -67,3 +67,27 @@ def test_other_code_begins_the_record_anew(cost, tmp_path, monkeypatch):
     assert record(cost, file).rows(PAIR)
     monkeypatch.setattr(cost, "_code", lambda: "other")
     assert not record(cost, file).rows(PAIR)
+
+
+def test_words_are_no_code(cost):
+    plain = "def f(x: int) -> int:\n    return x + 1\n"
+    told = '"""What it is."""\ndef f(x: int) -> int:\n    """More by one."""\n    # because\n    return x + 1\n'
+    assert cost._wordless(plain) == cost._wordless(told)
+    assert cost._wordless(plain) != cost._wordless(plain.replace("1", "2"))
+
+
+def test_accuracy_is_of_seeds_that_all_pairs_have(cost, tmp_path, monkeypatch):
+    found = {
+        "default": {("a", 0): 0.80, ("b", 0): 0.90, ("a", 1): 0.81},
+        "no prompt": {("a", 0): 0.79, ("b", 0): 0.90, ("a", 1): 0.5},
+    }
+    lines = [
+        {"phase": "switch", "method": method, "pair": pair, "seed": seed, "validation": value}
+        for method, scores in found.items()
+        for (pair, seed), value in scores.items()
+    ]
+    lines += [{**lines[-1], "phase": "screen", "method": "other"}, {**lines[-1], "method": "half done"}]
+    monkeypatch.setattr(cost, "ACCURACY", tmp_path / "results.jsonl")
+    assert cost._worth() == {}
+    cost.ACCURACY.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert cost._worth() == {"default": "0", "no prompt": "-0.50 (1)"}

@@ -10,6 +10,7 @@ Random weights: time and memory do not depend on what a model knows.
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 import subprocess
@@ -93,6 +94,10 @@ FORMS = (
 )
 FORMS_BY_NAME = {form.name: form for form in FORMS}
 REFERENCE = "KD"
+ACCURACY = HERE.parent / "distillation" / "results.jsonl"
+SWITCHES = {DEFAULT.name: "default", "FOFA + RSD + DIST, no prompt": "no prompt", "prompt in stage 4": "prompt in the last stage"}
+"""What the accuracy benchmark calls a form where it has another name there."""
+
 PHASES = {"all": FORMS, "contested": tuple(form for form in FORMS if form.goal or form.name == REFERENCE)}
 """Rounds of all forms, then further ones of those whose factor a goal hangs on."""
 
@@ -245,10 +250,23 @@ class Record:
 
 
 def _code() -> str:
-    """What is timed, in short: the modules that a step is made of."""
+    """What is timed, in short: the modules that a step is made of, but for their words."""
     package = objective.__name__.rpartition(".")[0]
     parts = sorted(name for name in sys.modules if name.startswith(f"{package}."))
-    return digest({name: Path(str(sys.modules[name].__file__)).read_text() for name in parts})
+    return digest({name: _wordless(Path(str(sys.modules[name].__file__)).read_text()) for name in parts})
+
+
+def _wordless(source: str) -> str:
+    """Without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [each for each in body if not _is_words(each)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_words(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _fill(record: Record, pair: str, side: int, rounds: dict[str, int]) -> None:
@@ -290,15 +308,46 @@ def page(result: dict) -> str:
         "training in which features teach, unless said otherwise. Brackets: 95 % of what other rounds would have given "
         "(bootstrap); a goal inside them is open.",
         "",
+        *_about_accuracy(),
     ]
+    worth = _worth()
     for pair, rows in result["pairs"].items():
-        lines += [f"## {pair}", "", "| form | s / step | factor of KD | peak memory, factor of KD |", "|---|---|---|---|"]
+        lines += [f"## {pair}", "", "| form | s / step | factor of KD | peak memory, factor of KD | accuracy |"]
+        lines += ["|---|---|---|---|---|"]
         for name, row in sorted(rows.items(), key=lambda item: list(FORMS_BY_NAME).index(item[0])):
             time_factor, memory_factor = _factors(name, rows)
             seconds = _timings(row, "all").typical(FORMS_BY_NAME[name])
-            lines.append(f"| {name} | {seconds:.3f} | {time_factor:.2f} | {memory_factor:.2f} |")
+            accuracy = worth.get(SWITCHES.get(name, name), "")
+            lines.append(f"| {name} | {seconds:.3f} | {time_factor:.2f} | {memory_factor:.2f} | {accuracy} |")
         lines += ["", *(_goal(form, rows) for form in FORMS if form.goal), _training(rows), ""]
     return "\n".join(lines)
+
+
+def _about_accuracy() -> list[str]:
+    return [
+        "Accuracy: what the same prompts bring in a plan that is the default's in all else, on validation images, in points "
+        "against the default: the mean of two pairs of [benchmarks/distillation](../distillation/README.md), whose teachers have "
+        "three stages, and the number of seeds. One seed tells differences of half a point and more.",
+        "",
+    ]
+
+
+def _worth() -> dict[str, str]:
+    """Switch -> its accuracy against the default's, as told."""
+    lines = [json.loads(line) for line in ACCURACY.read_text().splitlines()] if ACCURACY.is_file() else []
+    found: dict[str, dict[tuple[str, int], float]] = {}
+    for line in lines:
+        if line["phase"] == "switch":
+            found.setdefault(line["method"], {})[line["pair"], line["seed"]] = line["validation"]
+    usual = found.get("default", {})
+    pairs = {pair for pair, _ in usual}
+    told = {}
+    for name, scores in found.items():
+        common = usual.keys() & scores.keys()
+        if seeds := [seed for seed in {seed for _, seed in common} if all((pair, seed) in common for pair in pairs)]:
+            gain = 100 * mean(scores[pair, seed] - usual[pair, seed] for pair in pairs for seed in seeds)
+            told[name] = f"{gain:+.2f} ({len(seeds)})" if name != "default" else "0"
+    return told
 
 
 def _goal(form: Form, rows: dict) -> str:
