@@ -85,6 +85,10 @@ def holm(found: dict[str, float | None]) -> dict[str, float]:
     return corrected
 
 
+def told_p(value: float | None) -> str:
+    return "" if value is None else "< .001" if value < 0.001 else f"{value:.3f}"
+
+
 def paces(lines: Iterable[dict], regime: study.Regime) -> dict[tuple[str, str], float]:
     """(method, pair) -> how many of its epochs take as long as one of the default plan, the median over rounds."""
     seconds: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)

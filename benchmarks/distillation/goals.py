@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 
 import study
-from evidence import Scores, against, forgotten, gains, latest
+from evidence import Scores, against, forgotten, gains, latest, told_p
 
 ROOM, LEAD, SIGNIFICANT, UNDERFIT, FORGOTTEN, FEEDBACK = 4.0, 2.0, 0.05, 0.5, 1.0, 0.5
 Row = tuple[str, str, bool]
@@ -75,7 +75,7 @@ def _rivals(scores: Scores) -> list[Row]:
         difference, p, _ = tests.get(name, (0.0, None, 0))
         if p is not None:
             goal = f"ahead of {name}, {'corrected p' if strictly else 'p'} below {SIGNIFICANT:g}"
-            found = f"{-100 * difference:+.2f}, p {p:.3f}, corrected {corrected[name]:.3f}"
+            found = f"{-100 * difference:+.2f}, p {told_p(p)}, corrected {told_p(corrected[name])}"
             rows.append((goal, found, difference < 0 and (corrected[name] if strictly else p) < SIGNIFICANT))
     return rows
 
@@ -100,6 +100,6 @@ def _feedback(lines: Sequence[dict], regime: study.Regime) -> list[Row]:
     if best is None:
         return []
     lead = 100 * tests[best][0]
-    found = f"{best}: {lead:+.2f}, corrected p {corrected[best]:.3f}; {len(corrected)} forms with three seeds and more"
+    found = f"{best}: {lead:+.2f}, corrected p {told_p(corrected[best])}; {len(corrected)} forms with three seeds and more"
     goal = f"a form of feedback ahead of none by {FEEDBACK:g}, p below {SIGNIFICANT:g}, on validation images"
     return [(goal, found, lead >= FEEDBACK and corrected[best] < SIGNIFICANT)]

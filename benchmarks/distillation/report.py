@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 import goals
 import study
-from evidence import Scores, Test, across_pairs, against, forgotten, gains, latest, paces, standing, student
+from evidence import Scores, Test, across_pairs, against, forgotten, gains, latest, paces, standing, student, told_p
 
 from fofa_deploy.training import FofaPlan
 
@@ -196,7 +196,7 @@ def _by_pairs(scores: Scores) -> list[str]:
     """Whether other families would see the same lead: a harder question than that of other seeds."""
     ours = scores.get(study.DEFAULT, {})
     found = {method.name: across_pairs(ours, scores[method.name]) for method in study.METHODS if method.name in scores}
-    told = ", ".join(f"{name} {_p(p)}" for name, p in found.items() if name != study.DEFAULT and p is not None)
+    told = ", ".join(f"{name} {told_p(p)}" for name, p in found.items() if name != study.DEFAULT and p is not None)
     return [f"With pairs as the sample, not seeds, p of the lead of {study.DEFAULT!r} over: {told}.", ""] if told else []
 
 
@@ -232,17 +232,13 @@ def _columns(reference: str) -> str:
 
 def _told(test: Test, corrected: float | None) -> str:
     difference, p, seeds = test
-    return f"{100 * difference:+.2f} | {seeds} | {_p(p)} | {_p(corrected)}"
+    return f"{100 * difference:+.2f} | {seeds} | {told_p(p)} | {told_p(corrected)}"
 
 
 def _cell(values: list[float]) -> str:
     if not values:
         return ""
     return f"{100 * mean(values):.2f}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else "< .001" if value < 0.001 else f"{value:.3f}"
 
 
 def _forgetting(lines: Iterable[dict], phase: str, regime: study.Regime) -> list[str]:

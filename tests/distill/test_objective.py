@@ -121,7 +121,10 @@ def test_the_feedback_passes_no_gradient_to_the_student(objective, batch):
 @pytest.mark.parametrize("teacher", ["cnn", "vit", "mobilevit"])
 def test_the_teacher_stays_frozen_and_in_eval(teacher, objective, batch):
     made = open_prompts(objective("mobilevit" if teacher == "mobilevit" else "cnn", teacher))
-    made.teacher.model.drop_path_probe = nn.Dropout(0.5)
+    (images, labels), answers = batch(teacher), []
+    expected = made.teacher(images).logits
+    made.teacher.model.probe = nn.Dropout(0.5)
+    made.teacher.model.register_forward_hook(lambda model, inputs, logits: answers.append(model.probe(logits)))
     before = copy.deepcopy(made.teacher.state_dict())
     made.train()
     optimizer = torch.optim.AdamW(made.parameter_groups(1e-2, 0.05))
@@ -129,7 +132,9 @@ def test_the_teacher_stays_frozen_and_in_eval(teacher, objective, batch):
         step(made, batch(teacher, seed=seed), optimizer)
     for mistaken in (made.teacher, list(made.teacher.model.children())[-1]):  # somebody else's, of the whole or of a part
         mistaken.train()
-        step(made, batch(teacher), optimizer)
+        answers.clear()
+        step(made, (images, labels), optimizer)
+        assert torch.equal(answers[0], expected), "nothing is dropped, and BatchNorm goes by what it knows"
         assert not any(module.training for module in made.teacher.modules())
     assert all(torch.equal(value, before[key]) for key, value in made.teacher.state_dict().items())
 
