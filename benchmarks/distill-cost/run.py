@@ -326,8 +326,8 @@ def page(result: dict) -> str:
 def _about_accuracy() -> list[str]:
     return [
         "Accuracy: what the same prompts bring in a plan that is the default's in all else, on validation images, in points "
-        "against the default: the mean of two pairs of [benchmarks/distillation](../distillation/README.md), whose teachers have "
-        "three stages, and the number of seeds. One seed tells differences of half a point and more.",
+        "against the default: the mean of two pairs of [benchmarks/distillation](../distillation/README.md), whose teacher has "
+        "two stages that a prompt can stand before, and the number of seeds. One seed tells differences of half a point and more.",
         "",
     ]
 

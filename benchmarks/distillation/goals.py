@@ -96,10 +96,11 @@ def _feedback(lines: Sequence[dict], regime: study.Regime) -> list[Row]:
     scores = latest(lines, "screen", regime, "validation")
     named = [form.name for form in study.FORMS if form.name in scores]
     tests, corrected = against(scores, named, study.UNFED)
-    best = max(corrected, key=lambda name: tests[name][0], default=None)
-    if best is None:
+    fed = [name for name in corrected if not name.startswith(study.UNFED)]
+    if not fed:
         return []
+    best = max(fed, key=lambda name: tests[name][0])
     lead = 100 * tests[best][0]
-    found = f"{best}: {lead:+.2f}, corrected p {told_p(corrected[best])}; {len(corrected)} forms with three seeds and more"
+    found = f"{best}: {lead:+.2f}, corrected p {told_p(corrected[best])}; {len(fed)} forms with three seeds and more"
     goal = f"a form of feedback ahead of none by {FEEDBACK:g}, p below {SIGNIFICANT:g}, on validation images"
     return [(goal, found, lead >= FEEDBACK and corrected[best] < SIGNIFICANT)]
