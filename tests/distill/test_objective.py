@@ -525,7 +525,8 @@ def test_compiled_in_parts_both_models_learn_as_uncompiled_ones_do(objective, ba
     made = [plain, copy.deepcopy(plain)]
     for model in (made[1].student, made[1].teacher):
         compiled(model)
-    optimizers = [torch.optim.SGD(one.parameters(), 1e-2) for one in made]
+    # Gradients are 25 long here: longer steps than these make anything of a difference in rounding.
+    optimizers = [torch.optim.SGD(one.parameters(), 1e-4) for one in made]
     for count in (4, 4, 3):
         losses = [step(one, batch(count=count), optimizer) for one, optimizer in zip(made, optimizers, strict=True)]
         assert {name: float(term) for name, term in losses[1].terms.items()} == pytest.approx(
