@@ -204,7 +204,8 @@ SWITCHES = (
     _default("prompts on half of the batch", fofa={**ALL, "prompt_share": 0.5}),
 )
 """What makes prompts cheaper, in a plan that is the default's in all else, screened on validation images; but for the default's
-own, they see the gap. What each costs is the matter of benchmarks/distill-cost."""
+own, they see the gap. Nothing can be bent before these teachers' first stage: from stage 2 on is all of them, and comes to the
+same to the last digit. What each costs is the matter of benchmarks/distill-cost."""
 
 CELLS = tuple(_default(f"{cells} x {cells} cells of a region", fofa={"cells": cells}) for cells in (1, 2, 4))
 """How finely regions are seen, screened on validation images. The last one is all there is to see of these students."""

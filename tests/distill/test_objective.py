@@ -238,7 +238,7 @@ def test_reversing_a_batch_changes_nothing_else(objective, batch):
 
 
 def test_feedback_is_of_the_same_images(objective, batch):
-    """No state passes from one batch to the next but the running statistics, of which a loss of training makes no use here."""
+    """No state passes from one batch to the next but running statistics, which take no part in a loss of training."""
     made = open_prompts(objective(fofa={"standardize": False})).train()
     alone = made(*batch(seed=1)).terms
     made(*batch(seed=2, count=3))
